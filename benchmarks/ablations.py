@@ -46,11 +46,10 @@ from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.report import Report, Section, Table
 from twinspect.training.derived import add_copies
-from twinspect.training.fit import choose_images
+from twinspect.training.fit import choose_images, fit_scales, take_over
 from twinspect.training.loop import TrainReport, train
-from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.normal import fit_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key, observe, pack, space_of, unpack
-from twinspect.training.update import take_over
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"
@@ -59,16 +58,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "rd": {"terms": "flat", "cram": 0},
     "spatial": {"terms": "spatial", "cram": 0},
     "channel": {"terms": "flat,channel", "cram": 0},
-    "channel-mean": {"terms": "flat,channel", "cram": 0, "channel_reading": "kl_mean"},
-    "channel-cosine": {"terms": "flat,channel", "cram": 0, "channel_reading": "cosine"},
     "intra": {"terms": "flat,intra", "cram": 0},
     "inter": {"terms": "flat,inter", "cram": 0},
     "cram": {"terms": "flat", "cram": 32},
-    "cram-residuals": {"terms": "flat", "cram": 32, "cram_add_back": False},
     "terms": {"terms": TERMS, "cram": 0},
     "all": {"terms": TERMS, "cram": 32},
-    "all-residuals": {"terms": TERMS, "cram": 32, "cram_add_back": False},
-    "all-mean": {"terms": TERMS, "cram": 32, "channel_reading": "kl_mean"},
     "fd": {"terms": "flat", "cram": 0, "direction": "forward"},
     "forward": {"terms": TERMS, "cram": 32, "direction": "forward"},
     "dual": {},
@@ -97,22 +91,17 @@ class Row(NamedTuple):
 SNL = {
     "baseline": Row("rd: plain reverse distillation", "rd"),
     "spatial": Row("rd, spatial in place of flat", "spatial"),
-    "channel": Row("rd + channel (sum over positions)", "channel"),
-    "channel-mean": Row("rd + channel (mean over positions)", "channel-mean"),
-    "channel-cosine": Row("rd + channel (cosine)", "channel-cosine"),
+    "channel": Row("rd + channel", "channel"),
     "intra": Row("rd + intra", "intra"),
     "inter": Row("rd + inter", "inter"),
     "affinity": Row("rd + affinity map", "rd", MAPS),
     "affinity-quarter": Row("rd + affinity map, weight 0.25", "rd", MAPS | {"affinity_map": 0.25}),
     "affinity-fine": Row("rd + affinity map on 32 x 32", "rd", MAPS | {"affinity_side": 32}),
-    "cram": Row("rd + CRAM, centres added back", "cram"),
-    "cram-residuals": Row("rd + CRAM, residuals alone", "cram-residuals"),
+    "cram": Row("rd + CRAM", "cram"),
     "terms": Row("the four terms", "terms"),
     "terms-affinity": Row("the four terms + affinity map", "terms", MAPS),
     "terms-cram": Row("the four terms + CRAM", "all"),
     "all": Row("all: four terms, CRAM, affinity map", "all", MAPS),
-    "all-residuals": Row("all, CRAM's residuals alone", "all-residuals", MAPS),
-    "all-mean": Row("all, channel's mean over positions", "all-mean", MAPS),
     "control": Row("rd, default scoring", "rd", DEFAULT),
     "snl": Row("four terms, CRAM, default scoring (snl as shipped)", "all", DEFAULT),
     "fd": Row("fd: plain forward distillation", "fd"),

@@ -40,8 +40,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
 from twinspect.training import normal as fitting_room
 from twinspect.training.fit import choose_images, fit
-from twinspect.training.normal import fit_statistics
-from twinspect.training.outcome import GoodImages
+from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource, cache_folder
 
 MASK_SIDE = 128

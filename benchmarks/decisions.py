@@ -38,8 +38,7 @@ from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.bundle import Fitted
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import Budget, GoodScores
-from twinspect.decide.decision import Decision
+from twinspect.decide.decision import Budget, Decision, GoodScores
 from twinspect.decide.drift import DriftMonitor
 from twinspect.decide.recalibrate import score_images
 from twinspect.metrics import auroc

@@ -38,11 +38,10 @@ from torch.overrides import TorchFunctionMode
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, flat_cosine_distance
 from twinspect.models.contract import build_model
-from twinspect.models.layers import noise, to_map
+from twinspect.models.layers import noise, published_map, to_map
 from twinspect.models.snl import RD_BETAS, ConvReverse
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import SHORT_NAMES
-from twinspect.scoring import published_map
 from twinspect.training.loop import StableAdamW, make_optimiser
 
 Values = dict[str, Tensor]

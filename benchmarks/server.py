@@ -74,8 +74,7 @@ class Load(NamedTuple):
 
 def serve_simulated(options: list[str]) -> None:
     """A server over a stand-in model, in this process; for the sub-command that `started` runs."""
-    from twinspect.decide.conformal import GoodScores
-    from twinspect.decide.decision import Decision
+    from twinspect.decide.decision import Decision, GoodScores
     from twinspect.inference.predictor import Predictor
     from twinspect.server.app import build_app, serve
     from twinspect.server.log import InspectionLog

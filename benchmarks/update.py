@@ -23,8 +23,8 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
 from twinspect.training.fit import fit
+from twinspect.training.outcome import update
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.training.update import update
 from twinspect.types import TEST, TRAIN, Sample
 
 

@@ -13,10 +13,12 @@ from scipy.ndimage import uniform_filter
 from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
+from twinspect.config import TrainConfig
 from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
-from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.fit import fit_scales
+from twinspect.training.normal import fit_statistics
 from twinspect.training.outcome import outcome_of
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample, silent
@@ -71,7 +73,7 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
     torch.testing.assert_close(good[:8], expected[:8], rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
-    made = outcome_of(model, source.samples, HELD, good)[0]
+    made = outcome_of(model, source.samples, HELD, good, TrainConfig(thumbnails=0))[0]
     assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
     assert made.good.class_name.tolist() == [source.samples[i].class_name for i in HELD]
     assert made.class_of_cluster == ("ring", "weave")
@@ -216,7 +218,7 @@ def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     assert out.cluster_distance_B.mean() < good.distance_n.mean()
     every = (*good[:6], *good.tokens, good.embedding_nF, *out)
     assert all(one.double().isfinite().all() for one in every)
-    made = outcome_of(model, source.samples, HELD, good)[0]
+    made = outcome_of(model, source.samples, HELD, good, TrainConfig(thumbnails=0))[0]
     assert len(made.good) == len(made.trained) == 24
     assert len(made.held) == len(HELD)
     assert made.class_of_cluster == ("ring", "weave")

@@ -72,6 +72,12 @@ def test_refusals(values: dict[str, dict[str, object]], words: str) -> None:
     assert words in str(refused.value)
 
 
+def test_settings_of_older_models_that_are_gone_are_read_at_their_only_value() -> None:
+    assert RunConfig.from_dict({"model": {"temperature": 1.0, "cram_add_back": True}}) == RunConfig()
+    with pytest.raises(ConfigError, match="unknown setting 'cram_add_back'"):
+        RunConfig.from_dict({"model": {"cram_add_back": False}})
+
+
 def test_settings_are_frozen_and_explained() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().train.steps = 3  # type: ignore[misc]

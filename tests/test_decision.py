@@ -10,17 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twinspect.decide.conformal import (
+from twinspect.decide.decision import (
+    ANOMALY,
+    GOOD,
+    UNSURE,
     Budget,
+    Decision,
     GoodScores,
     conformal_threshold,
     images_needed,
     labelled_threshold,
     p_values,
+    promises,
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, promises
 from twinspect.errors import BundleError, ConfigError, DataError
 
 GOLDEN = Path(__file__).parent / "golden" / "nonconform_p_values.json"

@@ -50,7 +50,6 @@ def test_of_several_processes_each_takes_its_own_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    assert device_module.accepted_devices() == ["auto", "cpu", "cuda", "cuda:0", "cuda:1"]
     assert [own_device(name, 1) for name in ("auto", "cuda")] == [torch.device("cuda:1")] * 2
     assert own_device("cpu", 1) == torch.device("cpu")
     with pytest.raises(ConfigError, match="each takes its own GPU; type --device cuda"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from twinspect.decide import drift
-from twinspect.decide.conformal import GoodScores
+from twinspect.decide.decision import GoodScores
 from twinspect.decide.drift import DEFECTS, NONE, SCENE, SHIFT, ChangeTest, DriftMonitor, Ranks, bulk_bets, tail_bets
 from twinspect.errors import ConfigError, DataError
 

@@ -15,11 +15,11 @@ from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import Observed, build_model, fit_size
 from twinspect.models.dual import DualModel
+from twinspect.models.layers import surprise
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
-from twinspect.scoring import surprise
-from twinspect.training.fit import choose_images
-from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.fit import choose_images, fit_scales
+from twinspect.training.normal import fit_statistics
 from twinspect.training.source import FeatureSource
 from twinspect.types import silent
 

@@ -16,7 +16,7 @@ from tiny import picture, run_config, save
 
 from twinspect import Detector
 from twinspect.inference.result import Result, _surprise
-from twinspect.scoring import surprise
+from twinspect.models.layers import surprise
 
 
 def spoiled(number: int = 900) -> np.ndarray:

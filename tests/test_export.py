@@ -13,7 +13,7 @@ import pytest
 from tiny import images_to_test, picture
 
 from twinspect.bundle import companion, read_meta
-from twinspect.decide.conformal import Threshold
+from twinspect.decide.decision import Threshold
 from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError
 from twinspect.export import (
     Comparison,

@@ -18,8 +18,8 @@ from scipy.ndimage import gaussian_filter
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, train_samples
 
 from twinspect import Detector
+from twinspect.models.layers import published_map
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import gaussian_kernel, published_map, smooth
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -108,14 +108,6 @@ def test_published_map_of_dinomaly_by_hand() -> None:
         assert float(map_B1SS[0, 0, row, column]) == pytest.approx(expected, rel=1e-4)
     top = map_B1SS.flatten().sort(descending=True).values[: int(256 * 256 * 0.01)]
     assert float(score_B[0]) == pytest.approx(float(top.mean()), rel=1e-6)
-
-
-def test_smoothing_repeats_edges_unless_asked_otherwise() -> None:
-    ones, kernel = torch.ones(1, 1, 9, 9), gaussian_kernel(4.0, 2)
-    assert kernel.shape == (5,)
-    for rim in ("replicate", "mirror"):
-        torch.testing.assert_close(smooth(ones, kernel, rim), ones)
-    assert float(smooth(ones, kernel, "zeros")[0, 0, 0, 0]) < 0.6
 
 
 def test_positions_are_resampled_once_for_a_side() -> None:

@@ -16,9 +16,9 @@ from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models import snl
 from twinspect.models.contract import Selection, build_model, fit_size
-from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
+from twinspect.models.layers import surprise
+from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import surprise
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
 
@@ -68,13 +68,9 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
         ({"model": "snl", "direction": "forward", "cram_place": "bottleneck"}, "a forward student has none"),
         ({"model": "snl", "cram_place": "decoder"}, "bottleneck, stages"),
         ({"model": "snl", "scoring": "plan"}, "'plain'"),
-        ({"model": "snl", "channel_reading": "js"}, "kl, kl_mean, cosine"),
         ({"model": "rd", "affinity_map": 1.0}, "--model snl only"),
         ({"model": "snl", "affinity_map": -1.0}, "--affinity-map -1.0: accepted 0 or more"),
         ({"model": "snl", "affinity_map": 1.0, "scoring": "published"}, "has none"),
-        ({"model": "snl", "cram": 0, "cram_add_back": False}, "at the bottleneck only"),
-        ({"model": "snl", "cram_place": "stages", "cram_add_back": False}, "at the bottleneck only"),
-        ({"model": "snl", "temperature": 0.0}, "above 0"),
         ({"model": "snl", "affinity_side": 1}, "--affinity-side 1: accepted 2 or more"),
     ],
 )
@@ -124,10 +120,9 @@ def test_a_reverse_student_sees_only_the_teacher_and_a_forward_one_only_pixels()
 
 
 def test_width_dial_and_bottleneck() -> None:
-    assert reverse_widths((24, 40, 112), 0) == [64, 64, 112]
-    assert reverse_widths((24, 40, 112), 16) == [16, 32, 64]
-    assert bottleneck_width((24, 40, 112), 16) == 128
-    student = ConvReverse(**CNN_64, width=8, depth=1, rectified=False, at_bottleneck=None)
+    wide = ConvReverse((24, 40, 112), (16, 8, 4), width=0, depth=1, rectified=False, centres=0)
+    assert [rise[0].body[-2].out_channels for rise in wide.rise] == [112, 64, 64]
+    student = ConvReverse(**CNN_64, width=8, depth=1, rectified=False, centres=0)
     shapes = []
     student.at_bottleneck.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
     stages = [torch.randn(2, c, s, s) for c, s in zip(CNN_64["channels"], CNN_64["sides"], strict=True)]
@@ -139,10 +134,9 @@ def test_width_dial_and_bottleneck() -> None:
 # ----------------------------------------------------------------------------------------------- cram
 
 
-@pytest.mark.parametrize("add_back", [True, False])
-def test_cram_equals_its_formula_vector_by_vector(add_back: bool) -> None:
+def test_cram_equals_its_formula_vector_by_vector() -> None:
     torch.manual_seed(0)
-    cram = Cram(3, 4, add_back).eval()
+    cram = Cram(3, 4).eval()
     x = torch.randn(2, 3, 2, 2)
     with torch.no_grad():
         found = cram(x)
@@ -152,7 +146,7 @@ def test_cram_equals_its_formula_vector_by_vector(add_back: bool) -> None:
                 weight = (cram.assign.weight[:, :, 0, 0] @ vector + cram.assign.bias).softmax(0)
                 central = sum(weight[k] * cram.centres_KD[k] for k in range(4))
                 rest = sum(weight[k] * (vector - cram.centres_KD[k]) for k in range(4))
-                expected = cram.mix(rest[None, :, None, None])[0, :, 0, 0] + (central if add_back else 0.0)
+                expected = cram.mix(rest[None, :, None, None])[0, :, 0, 0] + central
                 torch.testing.assert_close(found[b, :, u // 2, u % 2], expected)
 
 
@@ -271,7 +265,7 @@ def test_plain_scores_are_those_of_reverse_distillation(name: str, parts: Path) 
 def test_the_affinity_map_joins_the_plain_map(parts: Path, tmp_path: Path) -> None:
     """M = D / mean D + w A / mean A, both sums over stages, the means those of the good images held out."""
     weight, grid = 0.5, 4
-    settings = {"affinity_map": weight, "affinity_side": grid, "scoring": "plain", "cram_add_back": False}
+    settings = {"affinity_map": weight, "affinity_side": grid, "scoring": "plain"}
     detector = trained(parts, "snl", **settings)
     model = Detector.load(detector.save(tmp_path / "b.twin")).fitted.model.eval()  # the means are in the bundle
     assert isinstance(model, StructuralModel)

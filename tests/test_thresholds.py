@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinspect.commands.calibrate import threshold_section, threshold_table
-from twinspect.decide.conformal import Budget, GoodScores, Threshold
-from twinspect.decide.decision import Decision
+from twinspect.decide.decision import Budget, Decision, GoodScores, Threshold
 
 
 def decision(sizes: dict[str, int], **changes: object) -> Decision:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import position_cosine_distance
 from twinspect.models.contract import AnomalyModel, Observed, Plain
-from twinspect.models.layers import to_tokens
+from twinspect.models.layers import to_tokens, upsample
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
-from twinspect.scoring import upsample
 
 
 class ToyModel(AnomalyModel):

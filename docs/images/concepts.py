@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.commands.diagnose import cutpaste, mixup
-from twinspect.decide.conformal import conformal_threshold
+from twinspect.decide.decision import conformal_threshold
 from twinspect.report import Axis
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from twinspect.models.contract import AnomalyModel
-    from twinspect.training.outcome import GoodImages
+    from twinspect.training.normal import GoodImages
 
 FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"

@@ -25,6 +25,8 @@ MOST_TILES = 48  # each has statistics of its own
 OF_MACHINE = ("device",)  # what a model does not depend on, and another machine may lack
 CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 RULES = ("f1-max", "min-cost", "zero-miss")  # how labelled images choose a threshold
+# Settings that models of version 0.8 name, with the only value that is still known.
+_GONE: dict[str, Any] = {"cram_add_back": True, "channel_reading": "kl", "temperature": 1.0}
 _TERMS = ("flat", "spatial", "channel", "intra", "inter")
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -117,8 +119,7 @@ class Family:
 
 _SNL = "twinspect.models.snl"
 _SNL_SETTINGS = (
-    "direction", "terms", "cram", "cram_place", "cram_add_back", "channel_reading", "temperature", "affinity_side",
-    "affinity_map",
+    "direction", "terms", "cram", "cram_place", "affinity_side", "affinity_map",
 )  # fmt: skip
 _SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
 _FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "cram_place": "bottleneck", "scoring": "plain"}
@@ -181,16 +182,11 @@ class ModelConfig:
     cram_place: str = option(
         "snl: bottleneck (reverse only) or stages; empty: what is possible.", "", accepts=("bottleneck", "stages")
     )
-    cram_add_back: bool = option("snl: whether the residual aggregation adds its centres to what it gives.", True)
     scoring: str = option(
         "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
         "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
         "default, plain for rd and fd.", "", accepts=("plain", "default", "published"),
     )  # fmt: skip
-    channel_reading: str = option(
-        "snl: channel term: kl (sum over positions), kl_mean or cosine.", "kl", accepts=("kl", "kl_mean", "cosine")
-    )
-    temperature: float = option("snl: of the channel term, in spreads of a normal channel.", 1.0, accepts=ABOVE_ZERO)
     affinity_side: int = option(
         "snl: grid of affinities in an image; memory grows with its fourth power.", 16, accepts=Range(2)
     )
@@ -252,11 +248,6 @@ class ModelConfig:
         _check(
             not self.affinity_map or meant.scoring != "published",
             "affinity_map: the map of scoring published has none; type scoring = plain",
-        )
-        _check(
-            self.cram_add_back or bool(meant.cram and meant.cram_place == "bottleneck"),
-            "cram_add_back false: for a residual aggregation at the bottleneck only; behind a stage its output would "
-            "never be negative, which features are",
         )
         if meant.cram and meant.direction == "forward":
             _check(meant.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
@@ -364,6 +355,7 @@ def _build(section: type[T], values: Any) -> T:
         isinstance(values, dict), f"{values!r} stands where a table of settings is needed, such as [model] or [train]"
     )
     defaults = {field.name: field.default for field in fields(section)}  # type: ignore[arg-type]
+    values = {name: value for name, value in values.items() if name not in _GONE or value != _GONE[name]}
     for name, value in values.items():
         if name not in defaults:
             raise ConfigError(unknown_name("setting", name, defaults))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
-from twinspect.decide.conformal import HAND, Threshold
+from twinspect.decide.decision import HAND, Threshold
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError, listed
 from twinspect.types import TRAIN, Sample, silent
 
@@ -137,7 +137,7 @@ class Detector:
             ConfigError: a class that is not known, and ``class_name`` does not say that it is new.
             DataError: nothing new, or fewer than nine images of a new class.
         """
-        from twinspect.training.update import update
+        from twinspect.training.outcome import update
 
         classes, samples = self.fitted.decision.classes, as_samples(good, bgr)
         only = len(classes) == 1 and {s.class_name for s in samples} == {"normal"}

@@ -77,9 +77,10 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        count = torch.cuda.device_count()
+        here = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
         raise ConfigError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}); accepted here: "
-            f"{', '.join(accepted_devices())}"
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}); accepted here: {', '.join(here)}"
         ) from None
     return name
 
@@ -102,14 +103,6 @@ def in_fp32(device: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def accepted_devices() -> list[str]:
-    """What ``--device`` may be on this machine."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -138,23 +138,13 @@ def spatial_loss(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
     return position_cosine_distance(teacher_BDhw, student_BDhw).mean()
 
 
-def channel_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, temperature: float = 1.0, reading: str = "kl") -> Tensor:
+def channel_loss(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
     """Where in the image a channel answers, compared channel by channel (scalar, mean over channels and images).
 
-    Readings of "channel distillation":
-        kl: softmax over positions at a temperature for both, KL(teacher || student), which sums over positions.
-        kl_mean: the same, with the mean over positions for the sum (what public code of a follow-up does): h w
-            times smaller.
-        cosine: 1 - cos over positions; blind to a channel's scale and needs no temperature.
+    KL(teacher || student) of their softmaxes over positions.
     """
-    teacher_BDN, student_BDN = teacher_BDhw.detach().flatten(2).float(), student_BDhw.flatten(2).float()
-    if reading == "cosine":
-        return (1.0 - F.cosine_similarity(teacher_BDN, student_BDN, dim=2, eps=_EPS)).mean()
-    if reading in ("kl", "kl_mean"):
-        log_t, log_s = (F.log_softmax(x / temperature, dim=2) for x in (teacher_BDN, student_BDN))
-        terms_BDN = log_t.exp() * (log_t - log_s)
-        return terms_BDN.mean() if reading == "kl_mean" else terms_BDN.sum(2).mean()
-    raise ValueError(f"unknown channel reading {reading!r}; accepted: kl, kl_mean, cosine")
+    log_t, log_s = (F.log_softmax(x.flatten(2).float(), dim=2) for x in (teacher_BDhw.detach(), student_BDhw))
+    return (log_t.exp() * (log_t - log_s)).sum(2).mean()
 
 
 def intra_affinity_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 16) -> Tensor:

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from twinspect.decide.conformal import Budget, GoodScores
-from twinspect.decide.decision import Decision
+from twinspect.decide.decision import Budget, Decision, GoodScores
 from twinspect.inference.predictor import Predictor
 from twinspect.server.app import build_app, prepared
 from twinspect.server.log import InspectionLog

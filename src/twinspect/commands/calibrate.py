@@ -18,8 +18,7 @@ from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, checked_model, number_in, publish, read_data
 from twinspect.console import Console
 from twinspect.data.tables import parts_in, read_table
-from twinspect.decide.conformal import EVERY, HAND, LABELS, Rule
-from twinspect.decide.decision import Decision, promises
+from twinspect.decide.decision import EVERY, HAND, LABELS, Decision, Rule, promises
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.decide.recalibrate import Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError

@@ -30,8 +30,8 @@ from twinspect.training.distributed import joined
 from twinspect.training.fit import fit as train
 from twinspect.training.fit import fitting_tiles
 from twinspect.training.loop import LOCK, LOG, leave_work, remove_checkpoint
+from twinspect.training.outcome import update as learn_more
 from twinspect.training.source import features_folder
-from twinspect.training.update import update as learn_more
 
 _COARSE = 2.0  # pixels of a picture that a pixel of the model covers, from which on this is said
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms

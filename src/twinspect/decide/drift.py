@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decide.conformal import Floats, GoodScores, checked_rate, p_values
+from twinspect.decide.decision import Floats, GoodScores, checked_rate, p_values
 from twinspect.errors import DataError
 
 TAIL = 0.05  # share of ranks that counts as the tail
@@ -36,17 +36,12 @@ _RATES = np.array([0.05, 0.1, 0.2, 0.5, 0.9])  # shares in the tail that are bet
 _DEPTHS = np.array([1.0, 0.5])
 NONE, SHIFT, DEFECTS, SCENE = "none", "calibration shift", "more defects", "another scene"
 _ADVICE = {
-    DEFECTS: "Most images score as before and only the worst got worse or more: more defects are likelier than a "
-    "change of light. Look at the images that were called bad.",
+    DEFECTS: "Most images score as before: more defects are likelier than another light. Look at those called bad.",
     SCENE: "Scores are as before, but another product, background or position is in view. Look at some images; if "
-    "they are right, calibrate again or teach them with: twinspect fit --resume-from.",
-    SHIFT: "The images score differently as a whole, not only the worst: light, focus, camera or material changed "
-    "rather than the number of defects. Put that right, or calibrate again with new good images.",
+    "they are right, calibrate again.",
+    SHIFT: "All images score differently: light, focus, camera or material changed, or nearly every part is bad; "
+    "scores alone cannot tell. Look at some images; put that right, or calibrate again with new good ones.",
 }
-_MOSTLY_BAD = (
-    "Most images score like defects: either light, focus or camera changed, or nearly every part is bad; scores "
-    "alone cannot tell. Look at some images; if they are good, calibrate again."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,36 +213,37 @@ class DriftMonitor:
         """What can be said now."""
         with self._lock:  # the rest looks at thousands of scores, and results go on coming in
             test, images, recent = copy.copy(self.test), self.images, list(self._recent)
-        light, kind, moved = ("red" if test.alarm_at else "green" if images else "grey"), NONE, list[str]()
+        light = "red" if test.alarm_at else "green" if images else "grey"
+        kind, moved = NONE, tuple[str, ...]()
         message = f"no drift in {images} images."
         if test.alarm_at:
-            since = np.array([row[1:] for row in recent if row[0] >= test.since], dtype=object)
-            p_of, bulk_moved = [], False
-            for name in sorted(set(since[:, 0])):
-                score_N, distance_N = since[since[:, 0] == name, 1:].astype(np.float64).T
-                of_class = self.good.of_class(name, given=False)
-                good = self.good.take(of_class) if of_class.any() else self.good  # without images: against all
-                p, usual = p_values(score_N, good.score), good.distance[np.isfinite(good.distance)]
-                p_scene = p_values(distance_N[np.isfinite(distance_N)], usual) if len(usual) else usual
-                p_of.append(p)
-                bulk_moved |= _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(good))
-                moved += [name] if _moved(p, len(good)) or _moved(p_scene, len(good)) else []
-            all_p, kind = np.concatenate(p_of), str(_KIND_OF_BET[np.argmax(test.run)])
-            tail = (all_p <= TAIL).mean()
-            # The bets on the tail win first where a shift is large, so the bulk counts too.
-            if kind == DEFECTS and (tail > 0.5 or bulk_moved):
-                kind = SHIFT
-            message = (
-                f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): "
-                f"median p-value {np.median(all_p):.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %. "
-                f"{_MOSTLY_BAD if kind == SHIFT and tail > 0.5 else _ADVICE[kind]}"
-            )
-            if len(moved) == 1 < len(p_of):
-                message += f" Only {moved[0]} differs from calibration, so look at that product before the camera."
+            kind, message, moved = self._change(test, [row[1:] for row in recent if row[0] >= test.since])
         message += f" If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
-        return DriftReport(
-            light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, tuple(moved)
+        return DriftReport(light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, moved)
+
+    def _change(self, test: ChangeTest, since: list[tuple[str, float, float]]) -> tuple[str, str, tuple[str, ...]]:
+        """What changed, in a word and for people, and the classes that moved: by images since then."""
+        p_of, bulk_moved, moved = [], False, list[str]()
+        for name in sorted({name for name, *_ in since}):
+            score_N, distance_N = np.array([numbers for row_name, *numbers in since if row_name == name]).T
+            of_class = self.good.of_class(name, given=False)
+            good = self.good.take(of_class) if of_class.any() else self.good  # without images: against all
+            p, usual = p_values(score_N, good.score), good.distance[np.isfinite(good.distance)]
+            p_scene = p_values(distance_N[np.isfinite(distance_N)], usual) if len(usual) else usual
+            p_of.append(p)
+            bulk_moved |= _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(good))
+            moved += [name] if _moved(p, len(good)) or _moved(p_scene, len(good)) else []
+        all_p, kind = np.concatenate(p_of), str(_KIND_OF_BET[np.argmax(test.run)])
+        tail = (all_p <= TAIL).mean()
+        # The bets on the tail win first where a shift is large, so the bulk counts too.
+        kind = SHIFT if kind == DEFECTS and (tail > 0.5 or bulk_moved) else kind
+        message = (
+            f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): median p-value "
+            f"{np.median(all_p):.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %. {_ADVICE[kind]}"
         )
+        if len(moved) == 1 < len(p_of):
+            message += f" Only {moved[0]} differs from calibration, so look at that product before the camera."
+        return kind, message, tuple(moved)
 
 
 def _moved(p: Floats, calibration: int) -> bool:

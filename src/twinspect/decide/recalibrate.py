@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import (
+from twinspect.decide.decision import (
     FEWEST,
     Budget,
+    Decision,
     GoodScores,
     Threshold,
     conformal_threshold,
+    image_id,
     labelled_threshold,
     odd_images,
     refuse_unsupported,
 )
-from twinspect.decide.decision import Decision, image_id
 from twinspect.errors import DataError
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
@@ -124,7 +125,7 @@ def recalibrate(
     notes: list[str] = []
     good, fixed = decision.good, dict(decision.fixed)
     if scored is not None:
-        good = _with_new(good, _usable(decision, scored, add, notes), add, notes)
+        good = _with_new(decision, scored, add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
@@ -161,42 +162,35 @@ def _odd_images(decision: Decision, scored: Scored) -> Iterator[str]:
     for class_name in sorted(set(scored.rows.class_name)):
         good = decision.good.take(decision.good.of_class(class_name))
         known = [names.get(key, "an earlier image") for key in good.key]
-        text, odd = odd_images(class_name, good.score, known, decision.rule(class_name).image.value)
-        if text:
-            yield f"{text}. Look at {'it' if len(odd) == 1 else 'them'}, take out what is bad and calibrate again"
+        if text := odd_images(class_name, good.score, known, decision.rule(class_name).image.value)[0]:
+            yield f"{text}. Take out what is bad and calibrate again"
 
 
-def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
-    """The new images without those the model learnt from, copies, and those that are there already."""
+def _with_new(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
+    """The new images beside those of other classes, or beside all that are there.
+
+    Images that the model learnt from, copies, and those that are there already are left out.
+    """
     learnt, copy = "the model was trained on them, so they score too well", "they are copies of others given"
-    there = "they are among the calibration images already"
-    present = set(decision.good.key) - {""} if add else set()
-    seen, reasons = set[str](), Counter[str]()
-    at: list[int] = []
+    there, old = "they are among the calibration images already", decision.good
+    again = dict.fromkeys(set(old.key) - {""} if add else (), there)
+    reasons, at = Counter[str](), list[int]()
     for place, key in enumerate(scored.rows.key):
-        reason = learnt if key in decision.trained else copy if key in seen else there if key in present else ""
-        seen.add(key)
+        reason = learnt if key in decision.trained else again.get(key, "")
+        again.setdefault(key, copy)
         reasons[reason] += 1
         at += [] if reason else [place]
+    new = scored.rows.take(np.array(at, np.intp))
     total = len(scored.rows)
     notes += [f"{reasons[why]} of {total} images left out: {why}" for why in (learnt, copy, there) if reasons[why]]
-    if not total:
-        raise DataError("no image to calibrate with: none was given, or none can be read")
     if not at:
-        raise DataError(f"none of the {total} images can be used: {'; '.join(notes)}")
-    return scored.rows.take(np.array(at))
-
-
-def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> GoodScores:
-    """The new images beside those of other classes, or beside all that are there."""
+        raise DataError(f"no image to calibrate with: {'; '.join(notes) or 'none was given, or none can be read'}")
     if add:
         notes.append(f"{len(new)} good images added to {len(old)}")
         return old.join(new)
     before, now = Counter(old.class_name), Counter(new.class_name)
-    if others := [f"{name} ({count})" for name, count in sorted(before.items()) if name not in now]:
-        notes.append(
-            f"calibrated {', '.join(sorted(now))}; earlier calibration images are kept for {', '.join(others)}"
-        )
+    if others := sorted(before.keys() - now.keys()):
+        notes.append(f"calibrated {', '.join(sorted(now))}; the images of {', '.join(others)} stay as they are")
     for name, count in sorted(now.items()):
         if count < before[name]:
             notes.append(f"{name}: {count} in the place of {before[name]} earlier ones; --add would keep both")

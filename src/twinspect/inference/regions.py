@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.decide.conformal import Floats, p_values
+from twinspect.decide.decision import Floats, p_values
 
 Map = NDArray[np.float32]
 Bools = NDArray[np.bool_]

@@ -307,7 +307,7 @@ def columns() -> tuple[Column, ...]:
 
 
 def _surprise(z: float) -> float:
-    """As `scoring.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
+    """As `models/layers.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
     near = min(z, 30.0)
     return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
 

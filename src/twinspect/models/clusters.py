@@ -112,24 +112,20 @@ class Clusters(nn.Module):
         classes: Sequence[str],
         seed: int,
     ) -> None:
+        """Learn the centres, once it is known which class images are taken for by centres that did not see them."""
         self.link_K = repetition(embedding_nF, cluster_n, len(classes))
         if len(set(classes)) > 1:
-            self._confuse(token_nE, cluster_n, names, classes, seed)
+            order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
+            fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
+            fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+            for fold in range(min(_FOLDS, len(order))):
+                away, here = fold_n != fold, fold_n == fold
+                away |= (torch.bincount(cluster_n[away], minlength=self.count) == 0)[cluster_n]  # or a whole cluster
+                self._discriminate(token_nE[away], cluster_n[away])
+                taken_n[here] = self(token_nE[here])
+            pairs = zip(names, taken_n.tolist(), strict=True)
+            self.taken = Counter((name, classes[k]) for name, k in pairs)
         self._discriminate(token_nE, cluster_n)
-
-    def _confuse(
-        self, token_nE: Tensor, cluster_n: Tensor, names: Sequence[str], classes: Sequence[str], seed: int
-    ) -> None:
-        """Count which class good images are taken for, by centres that did not see them (or saw a whole cluster)."""
-        order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
-        fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
-        fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-        for fold in range(min(_FOLDS, len(order))):
-            away, here = fold_n != fold, fold_n == fold
-            away |= (torch.bincount(cluster_n[away], minlength=self.count) == 0)[cluster_n]
-            self._discriminate(token_nE[away], cluster_n[away])
-            taken_n[here] = self(token_nE[here])
-        self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))
 
     def _discriminate(self, token_nE: Tensor, cluster_n: Tensor) -> None:
         centres = torch.stack([token_nE[cluster_n == k].mean(0) for k in range(self.count)])

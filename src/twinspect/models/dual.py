@@ -42,13 +42,14 @@ from twinspect.models.layers import (
     NoisyBottleneck,
     Resample,
     TokenLinear,
+    published_map,
     start_small,
     to_rows,
+    top_mean,
     whole_divisor,
 )
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import published_map, top_mean
 
 LAYER_NORM_EPS = 1e-8  # Dinomaly's, in the decoder of a ViT and of recentred groups
 TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (Dinomaly)
@@ -255,9 +256,7 @@ class DualModel(AnomalyModel):
         return list(torch.split(tokens_BE, widths, 1))[self.first_token :]
 
 
-def build(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
-    """The untrained model of a configuration at an input side that suits the teacher."""
-    return DualModel(teacher, config, size)
+build = DualModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A **reading** is one number per image, higher is more anomalous. The students' own readings are the family's
 (`AnomalyModel.plain`). With ``scoring`` "plain" nothing else is used: that is the paper's system ("published": with
-maps as the public code of its relatives makes them, see `scoring.published_map`). With "default",
+maps as the public code of its relatives makes them, see `layers.published_map`). With "default",
 these join them, each learnt in closed form from the same good images (`models.statistics`):
 
 1. clusters: every product, and every look of it, is measured by its own statistics (`models.clusters`);
@@ -38,10 +38,9 @@ from torch import Tensor, nn
 
 from twinspect.models.clusters import Clusters
 from twinspect.models.contract import Observed, Outputs, Plain, Selection
-from twinspect.models.layers import Resample, to_rows
+from twinspect.models.layers import Resample, surprise, to_rows, top_mean, upsample
 from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.models.teachers import BackboneInfo
-from twinspect.scoring import surprise, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller

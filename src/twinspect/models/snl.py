@@ -35,10 +35,9 @@ from twinspect import losses
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.models.clusters import k_means
 from twinspect.models.contract import AnomalyModel, Batches, Observed, Plain, Selection
-from twinspect.models.layers import AllSum, DecoderBlock, to_map, to_tokens
+from twinspect.models.layers import AllSum, DecoderBlock, published_map, to_map, to_tokens, upsample
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import published_map, upsample
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
@@ -56,22 +55,20 @@ class Cram(nn.Module):
 
     so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
     convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
-    that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
+    that the centres are added back is our reading.
     """
 
-    def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
+    def __init__(self, width: int, centres: int) -> None:
         super().__init__()
-        self.add_back = add_back
         self.centres_KD = nn.Parameter(torch.randn(centres, width) * width**-0.5)
         self.assign = nn.Conv2d(width, centres, 1)
         self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        """What of the residuals passes, with the centres or alone."""
+        """The mixture of centres, and what of the residuals passes."""
         weight_BKhw = self.assign(x_BDhw).softmax(1)
-        central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
-        passed: Tensor = self.mix(x_BDhw - central)
-        return central + passed if self.add_back else passed
+        central: Tensor = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
+        return central + cast(Tensor, self.mix(x_BDhw - central))
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, seed: int) -> None:
@@ -177,20 +174,21 @@ class ConvReverse(nn.Module):
         width: int,  # of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64
         depth: int,  # blocks of the embedding and of every stage of the decoder; 0: RD4AD's if rectified, else 3
         rectified: bool,  # whether the teacher's stages end in a ReLU, which the decoder's last one then gives
-        at_bottleneck: nn.Module | None,  # made for the bottleneck's width; sits between bottleneck and decoder
+        centres: int,  # of a CRAM between bottleneck and decoder; 0: none
     ) -> None:
         super().__init__()
         self.sides = tuple(sides)
-        widths = reverse_widths(channels, width)
+        widths = [width * 2**i for i in range(len(channels))] if width else [max(64, c) for c in channels]
         depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 3,) * len(widths)
-        embedded = bottleneck_width(channels, width)
+        embedded = 2 * widths[-1]
+        at_bottleneck = Cram(embedded, centres) if centres else nn.Identity()
         self.fuse = nn.ModuleList(_downwards([channels[i], *widths[i + 1 :]], sides[i:]) for i in range(len(widths)))
         fused = sum(widths[-1] for _ in channels[:-1]) + channels[-1]
         self.embed = nn.Sequential(
             WideBottleneck(fused, embedded, stride=2),
             *(WideBottleneck(embedded, embedded) for _ in range(depths[-1] - 1)),
         )
-        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.at_bottleneck = at_bottleneck
         self.rise, self.heads = nn.ModuleList(), nn.ModuleList()
         above, here = embedded, -(-sides[-1] // 2)
         for w, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
@@ -212,13 +210,11 @@ class ConvReverse(nn.Module):
 class TokenReverse(nn.Module):
     """The same for stages on one grid (ViT): an MLP bottleneck and transformer blocks, deep stages first."""
 
-    def __init__(
-        self, channels: Sequence[int], width: int, depth: int, heads: int, at_bottleneck: nn.Module | None
-    ) -> None:
+    def __init__(self, channels: Sequence[int], width: int, depth: int, heads: int, centres: int) -> None:
         super().__init__()
-        count = len(channels)
+        count, at_bottleneck = len(channels), Cram(width, centres) if centres else nn.Identity()
         self.embed = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width))
-        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.at_bottleneck = at_bottleneck
         self.rise = nn.ModuleList(
             nn.Sequential(*(DecoderBlock(width, heads) for _ in range(max(1, depth // count)))) for _ in channels
         )
@@ -233,16 +229,6 @@ class TokenReverse(nn.Module):
             x_BND = rise(x_BND)
             predictions.append(to_map(head(x_BND)))
         return predictions[::-1]
-
-
-def reverse_widths(channels: Sequence[int], width: int) -> list[int]:
-    """Width of the decoder at every stage, fine to coarse."""
-    return [width * 2**i for i in range(len(channels))] if width else [max(64, c) for c in channels]
-
-
-def bottleneck_width(channels: Sequence[int], width: int) -> int:
-    """Channels of the bottleneck: twice those of the coarsest stage, on half its grid."""
-    return 2 * reverse_widths(channels, width)[-1]
 
 
 def _downwards(widths: Sequence[int], sides: Sequence[int]) -> nn.Module:
@@ -272,16 +258,14 @@ class StructuralStudent(nn.Module):
         super().__init__()
         structure, vit = config.structure(), info.kind == "vit"
         width = config.width or (info.channels[0] if vit else 0)
-        inside = width if vit else bottleneck_width(stages.channels, width)
-        at_bottleneck = structure.cram and structure.cram_place == "bottleneck" and structure.direction == "reverse"
-        cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
+        inside = structure.cram if structure.cram_place == "bottleneck" else 0
         net: nn.Module
         if structure.direction == "forward":
             net = ForwardEncoder(info, stages, size)
         elif vit:
-            net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
+            net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), inside)
         else:
-            net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
+            net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, inside)
         self.local = nn.ModuleDict({"net": net})
         if structure.cram and structure.cram_place == "stages":
             self.local["crams"] = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels)
@@ -369,20 +353,16 @@ class StructuralModel(AnomalyModel):
         return {"loss": torch.stack(weighed).sum(), **parts}
 
     def _term(self, name: str, i: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        structure = self.structure
         match name:
             case "flat":
                 return losses.flat_cosine_distance(teacher_BDhw, student_BDhw).mean()
             case "spatial":
                 return losses.spatial_loss(teacher_BDhw, student_BDhw)
             case "channel":
-                # A softmax needs a scale: temperature 1 is one spread of the channel on normal images.
-                teacher_BDhw, student_BDhw = (self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
-                return losses.channel_loss(
-                    teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading
-                )
+                # A softmax needs a scale: the spread of the channel on normal images.
+                return losses.channel_loss(*(self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw)))
             case "intra":
-                return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
+                return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, self.structure.affinity_side)
             case "inter":
                 return losses.inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
         raise ValueError(f"unknown term {name!r}")
@@ -414,6 +394,4 @@ class StructuralModel(AnomalyModel):
             cram.initialise(torch.cat(parts), seed)
 
 
-def build(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:
-    """The untrained model of a configuration at an input side that suits the teacher."""
-    return StructuralModel(teacher, config, size)
+build = StructuralModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`

@@ -260,37 +260,31 @@ def fetch(name: str, revision: str = "", sha256: str = "") -> Path:
 
 def _download(name: str, repo: str, revision: str, sha256: str, path: Path) -> None:
     """Into a folder beside the file; the file is replaced only by verified bytes."""
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     url = hf_hub_url(repo, FILE, revision=revision or "main", endpoint=endpoint)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise WeightsError(f"HF_HUB_OFFLINE is set, so {name} is not fetched. {three_ways(name)}")
-    with _refusals(name, url):
-        remote = get_hf_file_metadata(url, token=get_token(), timeout=_TIMEOUT_S, endpoint=endpoint)
-    if not remote.size or not remote.commit_hash:
-        raise WeightsError(f"{url} gave no size or commit; is HF_ENDPOINT a hub? {three_ways(name)}")
-    commit, etag = str(remote.commit_hash), remote.etag or ""
-    promised = etag if _SHA256.fullmatch(etag) else ""  # files outside the large-file storage have another etag
-    if sha256 and promised and sha256 != promised:
-        raise WeightsError(
-            f"{repo} at {commit[:12]} has a file of sha256 {promised}, asked for was {sha256}; "
-            "name the commit that has it with --revision"
-        )
     folder = path.with_name(f"{path.name}.incoming")
     try:
         with _refusals(name, url):
+            remote = get_hf_file_metadata(url, timeout=_TIMEOUT_S, endpoint=endpoint)
+            commit = remote.commit_hash
             file = hf_hub_download(
                 repo, FILE, revision=commit, local_dir=folder, endpoint=endpoint, etag_timeout=_TIMEOUT_S
             )
+        # Files outside the large-file storage have an etag that is no sha256.
+        promised = remote.etag if _SHA256.fullmatch(remote.etag or "") else ""
         digest, expected = sha256_of(Path(file)), sha256 or promised
         if expected and digest != expected:
             raise WeightsError(
-                f"the file fetched from {repo} has sha256 {digest}, expected {expected}; it was deleted. "
-                "Try again; if it happens twice, the file or the way to it is tampered with"
+                f"the file fetched from {repo} at {commit} has sha256 {digest}, expected {expected}; it was deleted. "
+                "Try again, or name the commit that has it with --revision; if it happens twice, the file or the way "
+                "to it is tampered with"
             )
         path.unlink(missing_ok=True)  # an older file must never stand beside the new record
-        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": int(remote.size)}
+        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": Path(file).stat().st_size}
         record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(file, path)
     finally:

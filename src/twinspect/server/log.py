@@ -25,8 +25,7 @@ import sqlalchemy as sa
 from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, NoSuchTableError, SQLAlchemyError
 
-from twinspect.decide.conformal import GoodScores
-from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, GoodScores
 from twinspect.decide.recalibrate import Scored
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.regions import Region

@@ -178,16 +178,14 @@ def add_copies(
             chosen, why = (pose, "as asked") if pose != "auto" else find_pose(members)
             each = max(1, -(-_LEARNT[chosen] // len(members)) - 1)
             parts[0].extend(_made_of(s, Copy, kind=chosen, seed=seed) for s in members for seed in range(each))
-            turned = "turned round, moved and lit anew" if chosen == FREE else "moved and lit a little"
             worth = (
-                f"About 1 in {len(members) + 1} of the next good ones will be called bad, at best"
+                f"about 1 in {len(members) + 1} of the next good ones will be called bad, at best"
                 if len(members) > 1
-                else "Its threshold is the highest score of its own copies, which promises nothing: nearly every new "
-                "image will be called bad. Go by the order of scores, and calibrate as soon as there are 20"
+                else "its threshold is the highest score of its own copies, which promises nothing"
             )
             notes.append(
                 f"class {name}: {counted(len(members), 'good image')}; no students are trained on so few, and copies "
-                f"{turned} are learnt with them (--pose {chosen}, {why}). {worth}: 49 or more are needed for 2 %"
+                f"are learnt with them, {'turned' if chosen == FREE else 'moved'} (--pose {chosen}, {why}); {worth}"
             )
         elif hardly_differ(members):
             count = max(_COPIES, len(members) // 2)
@@ -196,8 +194,7 @@ def add_copies(
                 parts[seed % 4 == 3].append(copy)
             notes.append(
                 f"class {name}: its good images differ by less than one grey level; {count} copies with one level of "
-                "noise are learnt too, and whatever differs by more is called an anomaly. If good parts may differ "
-                "by more, give images of different ones"
+                "noise are learnt too, and whatever differs by more is called an anomaly"
             )
     return *parts, notes
 
@@ -272,9 +269,7 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
             best.append(max(alike))
     as_is, turned = float(np.mean(lying)), float(np.mean(best))
     free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
-    effect = "does not make the images alike" if turned <= _POSE_ALIKE else "hardly makes the images more alike"
-    effect = "makes the images more alike" if free else effect
-    return FREE if free else FIXED, f"as turning {effect}: correlation {as_is:.2f}, turned {turned:.2f}"
+    return FREE if free else FIXED, f"the images correlate by {as_is:.2f} as they lie, by {turned:.2f} turned"
 
 
 def _inside(image: Image.Image) -> NDArray[np.float64]:

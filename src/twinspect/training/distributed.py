@@ -29,7 +29,7 @@ from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.losses import easy_limit
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import AllSum, noise, noise_mask, silenced
+from twinspect.models.layers import AllSum, noise
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
@@ -65,37 +65,30 @@ class Group:
         """What this process prepares of a list that all processes of its machine will need."""
         return list(items[self.local_rank :: self.local_world])
 
+    def gathered(self, value: T) -> list[T]:
+        """What every process gives, by rank; each waits for all."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            with self._reaching_others():
+                dist.all_gather_object(values, value)
+        return values
+
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes: of equal slices, those of the whole batch."""
-        if self.world == 1:
-            return dict(values)
-        row = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        with self._reaching_others():
-            dist.all_reduce(row)
-        return dict(zip(values, (row / self.world).tolist(), strict=True))
+        rows = self.gathered(values)
+        return {name: sum(row[name] for row in rows) / self.world for name in values}
 
     def share(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0, on every process."""
-        if self.world == 1:
-            return make()
-        held: list[Any] = [make() if self.leads else None]
-        with self._reaching_others():
-            dist.broadcast_object_list(held, src=0)
-        return cast(T, held[0])
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
+        values: list[Any] = [make() if self.leads else None]
+        if self.world > 1:  # not gathered: a checkpoint's state would be sent as often as there are processes
             with self._reaching_others():
-                dist.barrier()
+                dist.broadcast_object_list(values, src=0)
+        return cast(T, values[0])
 
     def refuse_difference(self, digest_here: str, count: int) -> None:
         """Compare a digest of each process's images and settings; where one differs from rank 0, all stop."""
-        if self.world == 1:
-            return
-        answers: list[Any] = [None] * self.world
-        with self._reaching_others():
-            dist.all_gather_object(answers, (digest_here, count))
+        answers = self.gathered((digest_here, count))
         first, images = answers[0]
         if other := [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != first]:
             raise TrainingError(
@@ -198,10 +191,7 @@ class OneBatch(TorchFunctionMode):
         return self._ours.get(function, function)(*arguments, **(named or {}))
 
     def _noise(self, x: Tensor, p: float) -> Tensor:
-        # The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step.
-        each, first = x.shape[0], self.group.rank * x.shape[0]
-        mask = noise_mask((self.group.world * each, *x.shape[1:]), p, x.device)
-        return silenced(x, mask[first : first + each], p)
+        return noise(x, p, self.group.rank, self.group.world)  # drawn as one process draws it: the seed is the same
 
     def _easy_limit(self, distance_BN: Tensor, share: float) -> Tensor:
         parts = [torch.empty_like(distance_BN) for _ in range(self.group.world)]

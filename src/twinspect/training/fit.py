@@ -3,6 +3,10 @@
 Copies of a picture vouch for it, so cross-fitting would flatter a class of a few images and their copies. Of such a
 class every image is left out together with its copies, one after another, and scored by what is learnt from the rest
 (`fit_few`). These scores calibrate the class. One image alone cannot be left out; its copies' highest score decides.
+
+Going on with ``fit --resume-from`` keeps the students' weights and the teacher's channel statistics. Everything else
+(clusters, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among them. What
+was trained on stays training, what was held out stays held out.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, til
 from twinspect.data.images import read_header, read_sized_rgb
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
-from twinspect.decide.decision import mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
@@ -37,11 +41,10 @@ from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.derived import Copy, add_copies, add_tolerated, by_class, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
-from twinspect.training.normal import fit_scales, fit_statistics
-from twinspect.training.outcome import LISTED, GoodImages, outcome_of
+from twinspect.training.normal import GoodImages, fit_statistics
+from twinspect.training.outcome import outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.training.update import keep_sides, refuse_forgetting, take_over
-from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, silent
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -50,9 +53,9 @@ _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --ti
 _MEASURED = 32  # images whose sides are read off, for tiles and for the input side
 
 _HEADERS = 200  # images of a class whose headers are read, to see whether they are taken alike
-_DECODED = 4  # of those that can hold colours, where others cannot
-_COLOURLESS = 16  # difference of red, green and blue that JPEG leaves of a grey image
-_OTHER_SHAPE, _OTHER_SIZE = 1.2, 2.0  # factors of width to height, and of the longer side, from which on it is said
+_INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
+_START_IMAGES = 64  # images that a student is started from
+_OTHER_SIDE = 1.5  # factor of width or height from which on it is said that they are not
 
 
 def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
@@ -67,42 +70,27 @@ def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def taken_differently(samples: Sequence[Sample]) -> list[str]:
-    """A sentence for every class whose pictures are of several shapes or sizes, or grey and in colour."""
+    """A sentence for every class whose files differ in width or height, or are grey and in colour."""
     notes = []
     for name, members in sorted(by_class(sample for sample in samples if sample.in_file).items()):
-        looked_at, shapes, grey = list[Sample](), list[tuple[int, int]](), list[bool]()
+        shapes, grey = list[tuple[int, int]](), list[bool]()
         for sample in members[:: math.ceil(len(members) / _HEADERS)]:
             with suppress(DataError, OSError):  # reported when all images are read
                 shape, without_colours = read_header(sample.image)
-                looked_at.append(sample)
                 shapes.append(shape)
                 grey.append(without_colours)
-        parts = []
-        coloured = [sample for sample, without in zip(looked_at, grey, strict=True) if not without]
-        if 0 < len(coloured) < len(grey) and not all(map(_is_grey, coloured[:: -(-len(coloured) // _DECODED)])):
-            parts.append(f"{sum(grey)} of {len(grey)} images looked at are grey, the others in colour")
-        for word, factor, values in (
-            ("shapes", _OTHER_SHAPE, [width / height for height, width in shapes]),
-            ("sizes", _OTHER_SIZE, [float(max(shape)) for shape in shapes]),
-        ):
-            if values and max(values) >= factor * min(values):
-                low, high = (values.index(value) for value in (min(values), max(values)))
-                ends = [f"{shapes[i][1]} x {shapes[i][0]} ({looked_at[i].image.name})" for i in (low, high)]
-                parts.append(f"its images have different {word}, from {ends[0]} to {ends[1]}")
-                break
-        if parts:
+        differs = ""
+        if any(max(sides) >= _OTHER_SIDE * min(sides) for sides in zip(*shapes, strict=True)):
+            low, high = (f"{width} x {height}" for height, width in (min(shapes), max(shapes)))
+            differs = f"its images have different sizes, such as {low} and {high}"
+        elif 0 < sum(grey) < len(grey):
+            differs = f"{sum(grey)} of {len(grey)} images are grey, the others in colour"
+        if differs:
             notes.append(
-                f"class {name}: {'; '.join(parts)}. Differences between good images hide defects: take them alike, "
-                "or give each kind a class of its own"
+                f"class {name}: {differs}. Differences between good images hide defects: take them alike, or give "
+                "each kind a class of its own"
             )
     return notes
-
-
-def _is_grey(sample: Sample) -> bool:
-    """Whether a picture shows no colours, whatever its file can hold."""
-    with suppress(DataError, OSError):
-        return int(np.ptp(read_sample_rgb(sample, draft_side=1), axis=2).max()) <= _COLOURLESS
-    return True
 
 
 def sized(config: ModelConfig, teacher: Teacher, sides: tuple[int, int]) -> ModelConfig:
@@ -182,8 +170,7 @@ def _outliers(
     if 3 * count > good:
         raise ConfigError(f"--drop-outliers {count}: at most a third of the {good} good images can be left out")
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    fitted = _fitted(samples, quick, None, progress, None, group, roi, count)
-    return list(fitted.record["least_like"][:count])
+    return list(_fitted(samples, quick, None, progress, None, group, roi).record["least_like"][:count])
 
 
 def _fitted(
@@ -194,7 +181,6 @@ def _fitted(
     resume: Fitted | None,
     group: Group,
     roi: NDArray[np.bool_] | None,
-    listed: int = LISTED,
 ) -> Fitted:
     """A run from images to a calibrated model."""
     training, held_out, few, notes = _images(samples, config)
@@ -209,7 +195,7 @@ def _fitted(
     root = cache_folder(model, len(samples), config.train.cache_gb)
     if group.local_world > 1:  # each process prepares its share of what all then read
         FeatureSource(model, group.share_of_work(samples), root, progress)
-        group.barrier()
+        group.gathered(None)
     source = FeatureSource(model, samples, root, progress)
     apart = set(held_out)
     held = {i for i, sample in enumerate(source.samples) if sample in apart}
@@ -244,7 +230,7 @@ def _fitted(
         ) from error
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision, record, memory = outcome_of(model, source.samples, held, good, config.train.thumbnails, listed)
+    decision, record, memory = outcome_of(model, source.samples, held, good, config.train)
     record["images"]["skipped"] = len(skipped)
     on_gpu = group.device.type == "cuda"
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
@@ -353,6 +339,27 @@ def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) ->
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int) -> None:
+    """Before training: channel statistics of the teacher's maps and tokens, then the student's own start."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [indices[i] for i in order[:_INIT_IMAGES]]
+    channels = model.selection.channels
+    sums = [torch.zeros(2, c, dtype=torch.float64, device=model.device) for c in channels]
+    counts, tokens = [0] * len(channels), []
+    for observed, _ in source.batches(chosen):
+        tokens.append(observed.tokens[0])
+        for i, map_BDhw in enumerate(observed.maps):
+            wide = map_BDhw.double()
+            sums[i] += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+            counts[i] += wide[:, 0].numel()
+    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+        mean, square = total / count
+        model.selection.fit(i, mean.float(), (square - mean.square()).clamp_min(0.0).sqrt().float())
+    model.standardised.fit(torch.cat(tokens))
+    model.initialise(lambda: source.batches(chosen[:_START_IMAGES]), seed)
+
+
 # ------------------------------------------------------------------------------------------ classes of a few images
 
 
@@ -422,3 +429,37 @@ def _left_out(
         model.scorer.asks_students = True
         gone += away
     return gone, outs
+
+
+# ------------------------------------------------------------------------------------------------ fit --resume-from
+
+
+def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> None:
+    """A `DataError` where the data hold no good image of an old class, unless ``forget``."""
+    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
+    missing = [name for name in decision.classes if name not in present]
+    if missing and not forget:
+        raise DataError(
+            f"the data hold no good image of {', '.join(missing)}, which the bundle knows (classes found: "
+            f"{', '.join(sorted(present)) or 'none'}). Give one folder with all classes, old and new, or type "
+            "--forget to drop them"
+        )
+
+
+def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
+    """Positions to hold out of images with these keys, every known image on the side where it was."""
+    trained = decision.trained - decision.held
+    names = [image_id(key) for key in keys]
+    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
+
+
+def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
+    """Give a new model the students and channel statistics of a trained one; a `DataError` if shapes differ."""
+    try:
+        for part in ("student", "selection", "standardised"):
+            getattr(model, part).load_state_dict(getattr(before, part).state_dict())
+    except RuntimeError:
+        raise DataError(
+            "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
+            "width and depth, so leave those options out"
+        ) from None

@@ -1,4 +1,4 @@
-"""Statistics of good images: before training the scales of the teacher's answers, after it what the scorer needs.
+"""Statistics of good images: what the scorer needs of them once the students are trained.
 
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
@@ -12,17 +12,22 @@ Shapes: n good images, B images of a batch, N positions, D channels, K clusters,
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor
 
+from twinspect.decide.decision import GoodScores, image_id
 from twinspect.models.contract import AnomalyModel, Observed
+from twinspect.models.layers import in_fp16, top_mean
 from twinspect.models.scorer import TOP_SHARE, Grid
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
@@ -33,37 +38,54 @@ from twinspect.models.statistics import (
     unwhitened,
     whitening,
 )
-from twinspect.scoring import top_mean
-from twinspect.training.derived import same_image
-from twinspect.training.outcome import GoodImages, texts_of
+from twinspect.training.derived import picture_of, same_image
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
-_INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
-_START_IMAGES = 64  # images that a student is started from
+_TEXTS = ("class_name", "group", "key")
 _FOLDS = 5  # of the covariances of tokens
 _HALF_IMAGES = 256  # at most, images of a cluster that each of the two covariances of patches is learnt from
 
 
-@torch.no_grad()
-def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int) -> None:
-    """Before training: channel statistics of the teacher's maps and tokens, then the student's own start."""
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [indices[i] for i in order[:_INIT_IMAGES]]
-    channels = model.selection.channels
-    sums = [torch.zeros(2, c, dtype=torch.float64, device=model.device) for c in channels]
-    counts, tokens = [0] * len(channels), []
-    for observed, _ in source.batches(chosen):
-        tokens.append(observed.tokens[0])
-        for i, map_BDhw in enumerate(observed.maps):
-            wide = map_BDhw.double()
-            sums[i] += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
-            counts[i] += wide[:, 0].numel()
-    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
-        mean, square = total / count
-        model.selection.fit(i, mean.float(), (square - mean.square()).clamp_min(0.0).sqrt().float())
-    model.standardised.fit(torch.cat(tokens))
-    model.initialise(lambda: source.batches(chosen[:_START_IMAGES]), seed)
+class GoodImages(NamedTuple):
+    """What the model says of the good images, each scored by statistics that did not see it; on the CPU."""
+
+    score_n: Tensor  # joint scores
+    peak_n: Tensor  # highest values of the maps
+    distance_n: Tensor  # from the clusters
+    cluster_n: Tensor  # indices of the clusters
+    counted_n: Tensor  # whether the image counts for thresholds: with plain scoring only those held out
+    readings_nR: Tensor  # raw, as `Outputs` has them
+    tokens: tuple[Tensor, ...]  # global tokens, n x E a view
+    embedding_nF: Tensor  # what the teacher's own classifier would see
+    class_name: tuple[str, ...] = ()  # this and the next two: as in `GoodScores`
+    group: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+
+    def scores(self, classes: Sequence[str]) -> GoodScores:
+        """The images that count for thresholds; ``classes`` is the class of every cluster."""
+        score, peak, distance = (column.double().numpy() for column in self[:3])
+        predicted = [classes[k] for k in self.cluster_n.tolist()]
+        texts = (np.array(column) for column in (self.class_name, predicted, self.group, self.key))
+        return GoodScores(score, peak, distance, *texts).take(self.counted_n.numpy())
+
+    def to_bytes(self) -> bytes:
+        """As safetensors, with the texts as JSON in its header."""
+        tensors = self._asdict()
+        texts = {name: tensors.pop(name) for name in _TEXTS}
+        views = {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(tensors.pop("tokens"))}
+        tensors |= views | {"embedding_nF": in_fp16(self.embedding_nF)}
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"texts": json.dumps(texts)})
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> GoodImages:
+        """Rebuild from `to_bytes`."""
+        head: dict[str, Any] = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        texts = json.loads(head["__metadata__"]["texts"])
+        columns: dict[str, Any] = load(body)
+        columns["tokens"] = tuple(columns.pop(name).float() for name in sorted(columns) if name.startswith("tokens."))
+        columns["embedding_nF"] = columns["embedding_nF"].float()
+        return cls(**columns | {name: tuple(texts[name]) for name in _TEXTS})
 
 
 @torch.no_grad()
@@ -419,7 +441,9 @@ class _Fitting:
         """Fit the calibration on the images that count; what is said of all."""
         score_n, z_n2 = self.scorer.calibrate(reading_nR, self.all_cluster_n, counted_n)
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
-        texts = texts_of([self.source.samples[i] for i in self.images], [self.source.keys[i] for i in self.images])
+        rows = [(picture_of(self.source.samples[i]), image_id(self.source.keys[i])) for i in self.images]
+        columns = zip(*((picture.class_name, picture.group, key) for picture, key in rows), strict=True)
+        texts = [tuple(column) for column in columns]
         if self.before is not None:
             texts = [old + new for old, new in zip(self.before[-3:], texts, strict=True)]
         return GoodImages(

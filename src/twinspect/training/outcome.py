@@ -1,93 +1,47 @@
-"""What a run leaves: the good images that it learnt from, the decision with its thresholds, and the record.
+"""What a run leaves: the decision with its thresholds, the record, and a memory that further images can be added to.
 
-The bundle keeps `GoodImages` as the model's memory, a few kB an image and no pixels, so that others can join later
-(`training.update`). Sums of patch features need no place of their own: they are read off the statistics
-(`training.normal`).
+The bundle keeps `normal.GoodImages` as the model's memory, a few kB an image and no pixels. Sums of patch features
+need no place of their own: they are read off the statistics. So an `update` does without the images that the model
+learnt from. The students stay as they are; a new class is judged by statistics alone. Thresholds are made anew from
+all good images that are kept, with the budgets that were set.
 """
 
 from __future__ import annotations
 
+import copy
 import io
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load, save
-from torch import Tensor
 
-from twinspect.bundle import model_id
+from twinspect.bundle import Fitted, model_id
+from twinspect.config import TrainConfig
+from twinspect.data.protocols import count_once
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import GoodScores, odd_images
-from twinspect.decide.decision import ROI_SIDE, Decision, image_id
+from twinspect.decide.decision import ROI_SIDE, Decision, image_id, mixed_up, odd_images
 from twinspect.device import granted_threads
-from twinspect.errors import DataError
+from twinspect.errors import BundleError, ConfigError, DataError, TrainingError, listed
 from twinspect.inference.decode import speaker
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import in_fp16
 from twinspect.models.weights import licence
-from twinspect.training.derived import Copy, Tile, picture_of
-from twinspect.training.source import image_key
-from twinspect.types import Sample
+from twinspect.training.derived import FEW, Copy, Tile, picture_of
+from twinspect.training.normal import GoodImages, add_statistics
+from twinspect.training.source import FeatureSource, cache_folder, image_key
+from twinspect.types import TEST, Progress, Sample
 
-LISTED = 10  # images that are least like the others, kept in the record
+LISTED = 10  # images that are least like the others, at least, in the record
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
 MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
-_TEXTS = ("class_name", "group", "key")
-
-
-class GoodImages(NamedTuple):
-    """What the model says of the good images, each scored by statistics that did not see it; on the CPU."""
-
-    score_n: Tensor  # joint scores
-    peak_n: Tensor  # highest values of the maps
-    distance_n: Tensor  # from the clusters
-    cluster_n: Tensor  # indices of the clusters
-    counted_n: Tensor  # whether the image counts for thresholds: with plain scoring only those held out
-    readings_nR: Tensor  # raw, as `Outputs` has them
-    tokens: tuple[Tensor, ...]  # global tokens, n x E a view
-    embedding_nF: Tensor  # what the teacher's own classifier would see
-    class_name: tuple[str, ...] = ()  # this and the next two: as in `GoodScores`
-    group: tuple[str, ...] = ()
-    key: tuple[str, ...] = ()
-
-    def scores(self, classes: Sequence[str]) -> GoodScores:
-        """The images that count for thresholds; ``classes`` is the class of every cluster."""
-        score, peak, distance = (column.double().numpy() for column in self[:3])
-        predicted = [classes[k] for k in self.cluster_n.tolist()]
-        texts = (np.array(column) for column in (self.class_name, predicted, self.group, self.key))
-        return GoodScores(score, peak, distance, *texts).take(self.counted_n.numpy())
-
-    def to_bytes(self) -> bytes:
-        """As safetensors, with the texts as JSON in its header."""
-        tensors = self._asdict()
-        texts = {name: tensors.pop(name) for name in _TEXTS}
-        views = {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(tensors.pop("tokens"))}
-        tensors |= views | {"embedding_nF": in_fp16(self.embedding_nF)}
-        return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"texts": json.dumps(texts)})
-
-    @classmethod
-    def from_bytes(cls, body: bytes) -> GoodImages:
-        """Rebuild from `to_bytes`."""
-        head: dict[str, Any] = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        texts = json.loads(head["__metadata__"]["texts"])
-        columns: dict[str, Any] = load(body)
-        columns["tokens"] = tuple(columns.pop(name).float() for name in sorted(columns) if name.startswith("tokens."))
-        columns["embedding_nF"] = columns["embedding_nF"].float()
-        return cls(**columns | {name: tuple(texts[name]) for name in _TEXTS})
-
-
-def texts_of(samples: Sequence[Sample], keys: Sequence[bytes]) -> list[tuple[str, ...]]:
-    """The columns ``class_name``, ``group`` and ``key`` of samples with these keys of a source."""
-    pictures = [picture_of(sample) for sample in samples]
-    names = tuple(picture.class_name for picture in pictures)
-    return [names, tuple(picture.group for picture in pictures), tuple(map(image_id, keys))]
+_NAMED = 20  # images of an update that the record names
 
 
 def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
@@ -130,19 +84,15 @@ def by_score(samples: Sequence[Sample], good: GoodImages) -> list[int]:
 
 def odd_notes(samples: Sequence[Sample], good: GoodImages, decision: Decision) -> list[str]:
     """A sentence for every class with images that score as anomalies would, and what to do about them."""
-    order, texts, odd = by_score(samples, good), dict[str, list[int]](), set[int]()
+    order, notes, odd = by_score(samples, good), list[str](), set[int]()
     for name in sorted({samples[i].class_name for i in order}):
         places = [i for i in order if samples[i].class_name == name]
         score_N, names = good.score_n.double().numpy()[places], [samples[i].name for i in places]
         text, positions = odd_images(name, score_N, names, decision.rule(name).image.value)
-        if text:
-            texts[text] = [places[k] for k in positions]
-            odd.update(texts[text])
-    notes = []
-    for text, places in texts.items():
-        rank = 1 + max(map(order.index, places))
-        drop = f" (--drop-outliers {rank})" if odd.issuperset(order[:rank]) else ""
-        notes.append(f"{text}. Look at {'it' if len(places) == 1 else 'them'}, and leave out what is bad{drop}")
+        odd.update(places[k] for k in positions)
+        notes += [f"{text}. Leave out what is bad"] if text else []
+    if odd and odd == set(order[: len(odd)]):  # what the option leaves out
+        notes[-1] += f" (--drop-outliers {len(odd)})"
     return notes
 
 
@@ -151,14 +101,12 @@ def outcome_of(
     samples: Sequence[Sample],
     held: Collection[int],
     good: GoodImages,
-    thumbnails: int = 0,
-    listed: int = LISTED,
+    config: TrainConfig,
 ) -> tuple[Decision, dict[str, Any], bytes]:
     """Thresholds and what else answers need, the record of model and images, and what images can be added to.
 
     The last is empty where that is not possible. ``held`` are places of the samples that the students were not
-    trained on, ``good`` is what `fit_statistics` returns of all. ``thumbnails`` is the longest side of the pictures
-    to keep (0: none), ``listed`` how many images that are least like the others are in the record.
+    trained on, ``good`` is what `fit_statistics` returns of all.
     """
     classes = classes_of_clusters(good.cluster_n.numpy(), good.class_name, model.scorer.clusters.count)
     tiles = next((sample.tiles for sample in samples if isinstance(sample, Tile)), (1, 1))
@@ -169,7 +117,7 @@ def outcome_of(
     plain, nearest = model.scorer.plain, model.scorer.nearest
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
-    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
+    side = config.thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     roi = None
     if model.roi_SS is not None:  # on the grid that pictures are drawn from
         at = ((np.arange(ROI_SIDE) + 0.5) * model.size / ROI_SIDE).astype(int)
@@ -198,7 +146,7 @@ def outcome_of(
                 "path": pictures[i].name, "class_name": pictures[i].class_name,
                 "score": round(float(good.score_n[i]), 3),
             }
-            for i in by_score(pictures, good)[:listed]
+            for i in by_score(pictures, good)[: max(LISTED, config.drop_outliers)]
         ],
         "notes": odd_notes(pictures, good, decision),
     }  # fmt: skip
@@ -227,3 +175,99 @@ def sizes(model: AnomalyModel) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     parameters["statistics_bytes"] = sum(b.nbytes for b in model.scorer.state_dict().values())
     return {"clusters": model.scorer.clusters.count, "parameters": parameters}
+
+
+# ------------------------------------------------------------------------------------------- further good images
+
+
+def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, progress: Progress) -> Fitted:
+    """A model that has learnt further good images; the one given stays as it is.
+
+    Good images of ``train`` and ``calibration`` are learnt, as ``class_name``, known or new; None takes the data's
+    classes, all of which must be known. Raises as `Detector.update`.
+    """
+    if not fitted.memory:
+        raise BundleError(
+            "this model keeps nothing that images can be added to (scoring plain, tiles, or more than 4,096 good "
+            "images); train it again with all images: twinspect fit DATA"
+        )
+    before, notes = GoodImages.from_bytes(fitted.memory), list[str]()
+    fresh = _named(fitted, samples, class_name, notes)
+    model = copy.deepcopy(fitted.model)
+    source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
+    if not len(source) and source.skipped:
+        unread = source.skipped[0]
+        raise DataError(f"none of the {len(fresh)} images can be read, such as {unread.path}: {unread.reason}")
+    there = set(before.key)
+    images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
+    if len(images) < len(source):
+        notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
+    if not images:
+        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
+    counts = Counter(source.samples[i].class_name for i in images)
+    for name, count in counts.items():
+        if name in fitted.decision.classes:
+            continue
+        if count <= FEW:
+            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
+        notes.append(
+            f"class {name} is new, beside {listed(fitted.decision.classes)}; if it was meant to be one of these, "
+            "take the update back with --undo"
+        )
+    good, classes = add_statistics(
+        model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
+    )  # fmt: skip
+    if not good.score_n.isfinite().all():
+        raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
+    decision = fitted.decision
+    if set(decision.good.key) - there:
+        notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
+    if decision.fixed:
+        notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
+    learnt = [source.samples[i] for i in images]
+    bank = _bank(fitted, model, len(before.key), learnt)
+    new = replace(
+        decision, bank=tuple(name for name, _ in bank),
+        thumbnails=tuple(picture for _, picture in bank) if decision.thumbnails else (),
+        good=good.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        trained=decision.trained.union(good.key[len(before.key) :]),
+    )  # fmt: skip
+    record = copy.deepcopy(fitted.record)
+    record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
+    record["images"]["train"] += len(images)
+    record |= sizes(model)
+    record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
+    entry = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "classes": dict(sorted(counts.items())),
+        "images": [sample.name for sample in learnt[:_NAMED]], "from": decision.model_id,
+    }  # fmt: skip
+    record.setdefault("updates", []).append(entry)
+    return Fitted(model, new, fitted.config, record, source.skipped, good, good.to_bytes())
+
+
+def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Names and small pictures of the images that others are compared with; empty ones where they are not known."""
+    decision, nearest = fitted.decision, model.scorer.nearest
+    known = len(decision.bank) == old
+    names = (*(decision.bank if known else ("",) * old), *(sample.name for sample in learnt))
+    small = (b"",) * len(names)
+    if decision.thumbnails:
+        before = decision.thumbnails if known else (b"",) * old
+        small = (*before, *small_pictures(learnt, fitted.config.train.thumbnails))
+    return [(names[i], small[i]) for i in nearest.kept] if nearest is not None else []
+
+
+def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
+    """Good images, each once, with the class that they are learnt as."""
+    good = [s for s in samples if s.split != TEST and s.label in (0, None)]
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    notes += sentences
+    if class_name is not None:
+        return [replace(sample, class_name=class_name) for sample in distinct]
+    known = fitted.decision.classes
+    if strange := sorted({sample.class_name for sample in distinct} - set(known)):
+        raise ConfigError(
+            f"class {', '.join(strange[:3])} is not one that the model knows ({', '.join(known)}); say whose images "
+            "these are with --class NAME, which may also be a new class"
+        )
+    return distinct

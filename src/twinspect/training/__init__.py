@@ -1,1 +1,0 @@
-"""Training: samples in, a trained and calibrated model out."""
