@@ -128,7 +128,7 @@ DUAL = {
     "recentre-ed": Row("recentred targets, ED alone", "recentre", reading="local"),
 }
 SYSTEMS = {"snl": SNL, "dual": DUAL}
-ON_DEMAND = ("channel-cosine", "control", "snl", "fd", "forward", "recentre", "recentre-ed")
+ON_DEMAND = ("control", "snl", "fd", "forward", "recentre", "recentre-ed")
 MULTI = "multi"  # what is trained on: all classes, or else the name of one
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
