@@ -342,7 +342,7 @@ def test_a_kill_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path,
     assert not out.exists()
     if how == signal.SIGTERM:
         assert process.returncode == 143
-        assert "resumes when the same command is typed again" in said.decode()
+        assert "the same command goes on from here" in said.decode()
         assert "Traceback" not in said.decode()
         assert not list(tmp_path.glob("t.parquet.parts/_tmp-*"))
     found = subprocess.run([str(word) for word in command], capture_output=True, text=True)

@@ -232,7 +232,7 @@ def test_eval_says_first_that_no_good_image_was_tested(bundle: Path, tmp_path: P
 
 def test_eval_names_a_class_that_the_model_does_not_know(bundle: Path, tmp_path: Path) -> None:
     save(tmp_path / "held" / "good" / "0.png", picture(900))
-    note = "does not know a class held, which is the name of the folder"
+    note = "does not know a class held, as the data call them"
     assert note in ok("eval", bundle, tmp_path / "held").stderr
     (tmp_path / "held").rename(tmp_path / "ring")
     assert note not in ok("eval", bundle, tmp_path / "ring").stderr
@@ -487,7 +487,7 @@ def test_no_arguments_show_the_commands() -> None:
 def test_console_turns_our_errors_into_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     for error, code, words in (
         (DataError("the data are bad"), 2, "error: the data are bad"),
-        (KeyboardInterrupt(), 130, "resumes when the same command is typed again"),
+        (KeyboardInterrupt(), 130, "the same command goes on from here"),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied"),
     ):
         with pytest.raises(SystemExit) as stopped, Console():

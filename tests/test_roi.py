@@ -110,12 +110,12 @@ def test_polygons_of_labelme(tmp_path: Path) -> None:
         (
             {"points": [[1, 1], [9, 9]], "shape_type": "line"},
             20,
-            "a line with the points .*; polygons are accepted",
+            "it has a line without an area; draw polygons of three points",
         ),
-        ({"points": [[1, 1]], "shape_type": "point"}, 20, "a point with the points"),
-        ({"points": [[1, 1], [9, 9]], "shape_type": "circle"}, 20, "a circle with the points"),
-        ({"points": [[1, 1], [9, 9]]}, 20, "a polygon with the points"),
-        ({"points": [[1, 1], [9, 9], [float("nan"), 4]]}, 20, "a polygon with the points"),
+        ({"points": [[1, 1]], "shape_type": "point"}, 20, "a point without an area"),
+        ({"points": [[1, 1], [9, 9]], "shape_type": "circle"}, 20, "a circle without an area"),
+        ({"points": [[1, 1], [9, 9]]}, 20, "a polygon without an area"),
+        ({"points": [[1, 1], [9, 9], [float("nan"), 4]]}, 20, "a polygon without an area"),
         ({"points": [[1, 1], [9, 9], [1, 9]]}, 10**9, "1000000000 x 20 pixels are more than images may have"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinspect.commands.calibrate import threshold_section, threshold_table
+from twinspect.commands.evaluate import cautions
 from twinspect.decide.decision import Budget, Decision, GoodScores, Threshold
 
 
@@ -57,3 +58,17 @@ def test_every_class_has_its_row() -> None:
     lines = list(threshold_section(decision({f"c{i}": 20 for i in range(12)})).lines())
     assert [line.split()[0] for line in lines[2:14]] == sorted(f"c{i}" for i in range(12))
     assert lines[14].startswith("  all classes")
+
+
+def test_eval_says_what_to_do_about_thresholds_that_do_not_keep_to_their_promise() -> None:
+    def row(found: int, alarms: int, good: int = 50) -> dict[str, float]:
+        return {"defects": 20, "found": found, "found_rate": found / 20, "good": good, "false_alarms": alarms}
+
+    made = decision({name: 150 for name in ("fine", "moved", "high", "hard")})
+    found = {"fine": row(15, 3), "moved": row(15, 4), "high": row(4, 0), "hard": row(4, 0), "other": row(0, 50)}
+    auroc = {"fine": 0.95, "moved": 0.95, "high": 0.93, "hard": 0.7, "other": 0.95}
+    values = {"decisions": found, "classes": {name: {"image_auroc": area} for name, area in auroc.items()}}
+    moved, high = cautions(values, made)
+    assert moved.startswith("moved: 4 of 50 good images are called bad, and about 1 % were expected")
+    assert "twinspect update MODEL GOOD/ --class moved" in moved
+    assert high.startswith("high: 4 of 20 defects are found, though most score above good images (AUROC 0.93)")

@@ -120,7 +120,7 @@ COMMANDS = (
         shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(
-        "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/",
+        "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/ --class bottle",
         shown=("class_name", "listed", "undo", "out"),
     ),
     Command("drift", "calibrate:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),

@@ -58,7 +58,7 @@ class Console:
     ) -> None:
         self.finish()
         if isinstance(error, KeyboardInterrupt):
-            _say("stopped; training, or predict --out, resumes when the same command is typed again")
+            _say("stopped; if this was fit, or predict with a table, the same command goes on from here")
             raise SystemExit(_SIGTERM if isinstance(error, Terminated) else _SIGINT) from None
         if reason := _in_words(error):
             _stop(reason)

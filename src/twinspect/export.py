@@ -74,7 +74,7 @@ class Comparison:
 
     def lines(self) -> Iterator[str]:
         """What to say to people."""
-        kind = "painted images (give real ones with --images)" if self.synthetic else "images"
+        kind = "made-up images (give real ones with --images)" if self.synthetic else "images"
         yield (
             f"compared with torch on {self.images} {kind}: scores differ by up to {self.score_gap:.2g}, "
             f"map values by {self.map_gap:.2g}"

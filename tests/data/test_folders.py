@@ -188,7 +188,7 @@ def test_paths_that_are_given_as_good() -> None:
 def test_names_of_files(tmp_path: Path) -> None:
     found = load(tree(tmp_path / "a", **{"OK_{:02d}.png": 3, "NG_{:02d}.png": 2}))
     assert seen(found) == {(".", "train", 0): 3, (".", "test", 1): 2}
-    assert any("by their own names" in note for note in found.notes)
+    assert any("by a word in their own names" in note for note in found.notes)
     inside = load(tree(tmp_path / "b", **{"good": 3, "good/bad_{:02d}.png": 1}))
     assert [(path.name, reason) for path, reason in inside.skipped] == [
         ("bad_00.png", "its name says defect, and its folder good")

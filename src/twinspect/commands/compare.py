@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import files_of
 from twinspect.commands import results
-from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, remarks, test_facts
+from twinspect.commands.evaluate import (
+    Evaluation,
+    choose_test,
+    has_learnt,
+    measure,
+    remarks,
+    test_facts,
+    unknown_classes,
+)
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
@@ -44,6 +52,7 @@ def compare(options: CompareOptions, console: Console) -> None:
     for path, predictor in zip(paths, predictors, strict=True):
         if seen := sum(has_learnt(predictor, sample) for sample in split.test):
             console.warn(f"{path.name} has learnt {seen} of the test images, which flatters it")
+        console.warn(*(f"{path.name}: {line}" for line in unknown_classes(split, predictor.decision.classes)))
         console.say(f"scoring with {path.name}")
         measured.append(measure(predictor, split, console))
     values = as_values(options, split, measured)

@@ -160,7 +160,7 @@ def _files(images: Path | None) -> tuple[list[bytes], str]:
         body = io.BytesIO()
         Image.fromarray(made_up_rgb(rng, _PAINTED_SIDE)).save(body, "JPEG", quality=90)
         files.append(body.getvalue())
-    return files, f"{_PAINTED} painted JPEGs of {_PAINTED_SIDE} x {_PAINTED_SIDE}"
+    return files, f"{_PAINTED} made-up JPEGs of {_PAINTED_SIDE} x {_PAINTED_SIDE}"
 
 
 def _measure(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -16,6 +17,10 @@ from twinspect.errors import TwinspectError
 from twinspect.models import weights
 from twinspect.report import Table
 
+_EXTRAS = {
+    "server": "for serve", "onnx": "for export and fast models on a CPU", "openvino": "for .xml exports",
+    "video": "for videos and cameras", "ray": "for --engine ray", "sign": "for signatures", "demo": "for demo",
+}  # fmt: skip
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 
 
@@ -36,6 +41,7 @@ def examine() -> list[str]:
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages: " + ", ".join(f"{name} {metadata.version(name)}" for name in _CORE),
+        *_extras(),
         *_machine(problems),
         "",
         *_teachers(problems),
@@ -44,6 +50,21 @@ def examine() -> list[str]:
     if problems:
         return [*lines, "to fix:", *(f"  - {problem}" for problem in problems)]
     return [*lines, "ready; try: twinspect demo --quick"]
+
+
+def _extras() -> Iterator[str]:
+    """Which extras of the package are installed, and what to type for the others."""
+    needed: dict[str, list[str]] = {name: [] for name in _EXTRAS}
+    for line in metadata.requires("twinspect") or ():
+        if (match := re.match(r"([\w.-]+).*extra == .(\w+)", line)) and match[2] in needed:
+            needed[match[2]].append(match[1])
+    installed = {re.sub(r"[-_.]+", "-", each.name).lower() for each in metadata.distributions()}
+    here = [
+        extra for extra, names in needed.items() if {re.sub(r"[-_.]+", "-", n).lower() for n in names} <= installed
+    ]
+    yield f"extras: {', '.join(here) or 'none'}"
+    for extra in (name for name in needed if name not in here):
+        yield f'extra {extra}, {_EXTRAS[extra]}: type: pip install "twinspect[{extra}]"'
 
 
 def _machine(problems: list[str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
+from twinspect.decide.decision import Decision
 from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError, listed
@@ -28,6 +29,7 @@ from twinspect.report import Report, Section, Table
 from twinspect.types import TEST, Progress, Sample
 
 AS_GIVEN = "labelled test images"
+_CLEAR, _FEW = 0.9, 0.5  # AUROC from which defects stand out, and share of them found below which it is said
 SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
 STUDENTS = ("score_local", "score_semantic")
@@ -59,6 +61,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     measured = measure(predictor, split, console)
     review = Review(measured.rows)
     values = {**measured.values, "other_thresholds": review.other_thresholds()}
+    values["cautions"] = cautions(values, predictor.decision)
     values["config"] = {
         "bundle": options.model.name, "data": options.data.name, "layout": loaded.layout,
         "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(values["failed"]),
@@ -153,9 +156,10 @@ def unknown_classes(split: Split, known: Sequence[str]) -> list[str]:
     names = sorted({sample.class_name for sample in split.test} - {*known})
     if split.kind == SEMANTIC or not names or not known:
         return []
+    what = "a class" if len(names) == 1 else "classes"
     return [
-        f"the model does not know a class {listed(names)}, which is the name of the folder: each image is judged as "
-        f"the class that it looks like most. The model knows {listed(known)}; rename the folder if it is one of these"
+        f"the model does not know {what} {listed(names)}, as the data call them: each image is judged as the class "
+        f"that it looks like most. The model knows {listed(known)}; rename a folder if it is one of these"
     ]
 
 
@@ -302,7 +306,30 @@ def remarks(values: Mapping[str, Any]) -> list[str]:
         lines += [f"{what}: {line}" for line in values[key][:SHOWN]]
         if len(values[key]) > SHOWN:
             lines.append(f"{what}: {len(values[key]) - SHOWN:,} more (all of them are in the JSON)")
-    return [*lines, *values.get("undefined", ())]
+    return [*lines, *values.get("undefined", ()), *values.get("cautions", ())]
+
+
+def cautions(values: Mapping[str, Any], decision: Decision) -> list[str]:
+    """What to do about classes with more false alarms than expected, or a threshold above most defects."""
+    lines = []
+    for name, row in values["decisions"].items():
+        if name not in decision.classes:
+            continue
+        rule, auroc = decision.rule(name, given=False), values["classes"].get(name, {}).get("image_auroc", 0.0)
+        expected = max(rule.image.max_fpr, 1 / (len(rule.scores) + 1))
+        if row["false_alarms"] > 2 + 3 * expected * row["good"]:
+            lines.append(
+                f"{name}: {row['false_alarms']} of {row['good']} good images are called bad, and about "
+                f"{100 * expected:.0f} % were expected, so they differ from those that were learnt; to learn good "
+                f"ones like them type: twinspect update MODEL GOOD/ --class {name}"
+            )
+        elif auroc >= _CLEAR and row.get("found_rate", 1.0) < _FEW:
+            lines.append(
+                f"{name}: {row['found']} of {row['defects']} defects are found, though most score above good images "
+                f"(AUROC {auroc:.2f}): a few good training images set a high threshold. `twinspect info MODEL` names "
+                "them; leave them out (fit --drop-outliers N), or allow more false alarms (calibrate --max-fpr 0.05)"
+            )
+    return lines
 
 
 def test_facts(split: Split, images: int) -> dict[str, str]:

@@ -119,7 +119,7 @@ def _settings(config: dict[str, Any]) -> Table:
         for name, value in config[section].items()
         if name in ("steps", "batch", "seed") or value != default[section].get(name)
     )
-    note = "Every other setting has its default; `twinspect info --json` lists them all."
+    note = "Every other setting has its default; `twinspect info MODEL --json -` lists them all."
     return Table("Settings of the training run", ("setting", "value"), rows, note)
 
 

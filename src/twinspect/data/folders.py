@@ -279,7 +279,9 @@ class _ClassReader:
             return None
         if not role and by_name in (GOOD, BAD) and (by_name == BAD or not kinds):
             role = by_name
-            self._log.note("some images are good, or defects, by their own names, such as OK_1.png and NG_1.png")
+            self._log.note(
+                "some images are good, or defects, by a word in their own names, such as ok, normal, ng or defect"
+            )
         if split in (TRAIN, CALIBRATION):
             if role in (BAD, UNSORTED) or (not role and (split in self._good_in or kinds)):
                 self._log.skip(path, f"only good images are used for {split}")

@@ -274,11 +274,11 @@ def _polygons(path: Path) -> NDArray[np.bool_]:
             points = np.array([(float(x), float(y)) for x, y in shape["points"]])
             kind = shape.get("shape_type") or "polygon"
             if kind != "polygon" or len(points) < 3 or not np.isfinite(points).all():
-                raise ValueError(f"a {kind} with the points {points.tolist()[:3]}; polygons are accepted")
+                raise ValueError(f"it has a {kind} without an area; draw polygons of three points or more")
             ImageDraw.Draw(image).polygon([(x, y) for x, y in points.tolist()], fill=1)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: cannot be read as polygons ({error!r}); a JSON file of LabelMe is needed (imageWidth, "
+            f"{path}: cannot be read as polygons ({error}); a JSON file of LabelMe is needed (imageWidth, "
             "imageHeight, shapes with points), or a mask image"
         ) from None
     return np.array(image)

@@ -37,8 +37,8 @@ _DEPTHS = np.array([1.0, 0.5])
 NONE, SHIFT, DEFECTS, SCENE = "none", "calibration shift", "more defects", "another scene"
 _ADVICE = {
     DEFECTS: "Most images score as before: more defects are likelier than another light. Look at those called bad.",
-    SCENE: "Scores are as before, but another product, background or position is in view. Look at some images; if "
-    "they are right, calibrate again.",
+    SCENE: "Whole images are unlike the good ones: another product, background, position or light is in view. Look "
+    "at some images; if they are right, calibrate again.",
     SHIFT: "All images score differently: light, focus, camera or material changed, or nearly every part is bad; "
     "scores alone cannot tell. Look at some images; put that right, or calibrate again with new good ones.",
 }

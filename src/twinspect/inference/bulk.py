@@ -388,7 +388,7 @@ def say_result(result: Result) -> str:
     if result.error:
         return f"ERROR    {result.error}".replace("\n", "\\n")
     word = "ANOMALY" if result.is_anomaly else result.answer
-    kind = f"{result.class_name}{' (unlike any class that the model knows)' if result.unknown_class else ''}"
+    kind = f"{result.class_name}{' (as a whole unlike its good images)' if result.unknown_class else ''}"
     regions = f"  {counted(len(result.regions), 'region')}" if result.regions else ""
     numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
     line = f"{word:<8} {numbers}  {kind}{regions}  {result.path}"

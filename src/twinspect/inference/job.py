@@ -74,7 +74,9 @@ class Job:
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))
-    watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
+    watch: bool = option(
+        "Go on with images that arrive in the folders, until it is stopped; rows go to --out -.", False, "--watch"
+    )
     fail_on: str = option(
         "anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "",
         accepts=("anomaly", "error"),

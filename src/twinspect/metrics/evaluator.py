@@ -153,9 +153,12 @@ class Evaluator:
             if any(image.label for of_class in seen.values() for image in of_class.images):
                 classes_of["no mask marks the defects: metrics of images only, none of pixels"] = []
         notes = [f"{listed(of)}: {note}" if of else note for note, of in classes_of.items()]
+        partial: dict[int, list[str]] = defaultdict(list)
+        for metric, count in mean_over.items():
+            partial[count].append(metric)
         notes += [
-            f"mean of {metric} is over the {count} of {len(names)} classes where it is defined"
-            for metric, count in mean_over.items()
+            f"mean of {', '.join(metrics)} is over the {count} of {len(names)} classes where it is defined"
+            for count, metrics in partial.items()
             if count < len(names)
         ]
         return {

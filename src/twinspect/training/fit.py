@@ -79,16 +79,16 @@ def taken_differently(samples: Sequence[Sample]) -> list[str]:
                 shape, without_colours = read_header(sample.image)
                 shapes.append(shape)
                 grey.append(without_colours)
-        differs = ""
+        differs = []
         if any(max(sides) >= _OTHER_SIDE * min(sides) for sides in zip(*shapes, strict=True)):
             low, high = (f"{width} x {height}" for height, width in (min(shapes), max(shapes)))
-            differs = f"its images have different sizes, such as {low} and {high}"
-        elif 0 < sum(grey) < len(grey):
-            differs = f"{sum(grey)} of {len(grey)} images are grey, the others in colour"
+            differs.append(f"its images have different sizes, such as {low} and {high}")
+        if 0 < sum(grey) < len(grey):
+            differs.append(f"{sum(grey)} of {len(grey)} images are grey, the others in colour")
         if differs:
             notes.append(
-                f"class {name}: {differs}. Differences between good images hide defects: take them alike, or give "
-                "each kind a class of its own"
+                f"class {name}: {'; '.join(differs)}. Differences between good images hide defects: take them alike, "
+                "or give each kind a class of its own"
             )
     return notes
 
