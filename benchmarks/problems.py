@@ -29,7 +29,7 @@ from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import Sample
 
 DRAWS = 400
-MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
+MODEL_CODE = ("models", "training", "losses.py")
 PIXEL = ("pixel_auroc", "aupro")
 FOLDERS = {
     "parts": ("parts", "auto"),

@@ -362,7 +362,6 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
         (["diagnose", "M", "D", "--seed", -5], "--seed -5: accepted 0 to"),
         (["diagnose", "M", "D", "--count", 10**9], "--count 1000000000: accepted 1 to 10,000"),
         (["reproduce", "mvtec-ad-multi", "--root", "D", "--seed", -5], "--seed -5: accepted 0 to"),
-        (["data", "inspect", "D", "--seed", -5], "--seed -5: accepted 0 to"),
         (["drift", "M", "t.csv", "--false-alarm-rate", "nan"], "--false-alarm-rate nan: accepted"),
     ],
 )

@@ -301,7 +301,7 @@ def test_the_page_of_the_api_lists_the_operations(page, server: Running) -> None
     page.locator("#operations-default-predict_v1_predict_post").wait_for()
     assert page.locator(".opblock").count() >= 10
     page.locator("#operations-default-predict_v1_predict_post").click()
-    assert "Score one or several images." in page.inner_text("#api")
+    page.get_by_text("Score one or several images.").first.wait_for()
 
 
 def test_the_page_of_the_api_sends_the_key_that_was_given(browser, log: InspectionLog) -> None:

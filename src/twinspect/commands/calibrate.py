@@ -28,6 +28,7 @@ _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
     "the good images here the threshold calls bad."
 )
+_NOTE_OF_ALL = " all classes: for a class without good images of its own."
 
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
@@ -176,7 +177,7 @@ def threshold_table(decision: Decision) -> Table:
         }
         for name, row in class_values(decision).items()
     ]  # fmt: skip
-    return Table.of("Thresholds by class", rows, _NOTE)
+    return Table.of("Thresholds by class", rows, _NOTE + (_NOTE_OF_ALL if len(rows) > 1 else ""))
 
 
 def false_alarms(rule: Rule) -> str:

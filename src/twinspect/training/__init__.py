@@ -1,0 +1,1 @@
+"""Training: samples in, a trained and calibrated model out."""
