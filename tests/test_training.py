@@ -131,6 +131,7 @@ def test_a_finished_run_whose_bundle_was_not_saved_is_taken_up_at_its_end(parts:
     again = run(parts, run_config(), tmp_path)
     assert same_tensors(weights(first), weights(again))
     assert again.record["training"]["steps"] == 3
+    assert again.record["training"]["loss"] == first.record["training"]["loss"] > 0
     assert len(log(tmp_path)) == 3
 
 

@@ -124,7 +124,7 @@ def read_bundle(path: Path) -> BundleContent:
         if path.suffix.lower() in EXPORTS:
             raise BundleError(f"{path} is an export; give the model that it was made from (NAME{SUFFIX})") from None
         raise BundleError(
-            f"{path} is not a model, or not a whole one ({error}); copy it again, or give a file that fit wrote"
+            f"{path} is not a whole bundle, or no model ({error}); copy it again, or give a file that fit wrote"
         ) from None
     if absent := {_TENSORS, *hashes} - parts.keys():
         raise BundleError(f"{path} is not a whole bundle ({', '.join(sorted(absent))} is missing); copy it again")

@@ -62,9 +62,9 @@ def train(
         return TrainReport({"steps": 0, "seconds": 0.0, "stopped": "no steps asked for"}, 0)
     optimiser = make_optimiser(model, config)
     folder = WorkFolder(work, model.student, optimiser, fingerprint) if work is not None and group.leads else None
-    start = _resumed(folder, optimiser, group)
+    start, terms = _resumed(folder, optimiser, group)
     model.student.train()
-    began, terms, stopped, done = time.monotonic(), dict[str, float](), "steps", start
+    began, stopped, done = time.monotonic(), "steps", start
     with group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             for students in optimiser.param_groups:
@@ -89,7 +89,7 @@ def train(
             if folder is not None:
                 folder.log(step, terms, len(part) * group.world)
                 if done % config.checkpoint_every == 0 or done == config.steps or over:
-                    folder.save(done)
+                    folder.save(done, terms)
             if over:
                 stopped = "time budget"
                 break
@@ -127,17 +127,20 @@ def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterato
         yield step, [indices[i] for i in order[place : place + batch]]
 
 
-def _resumed(folder: WorkFolder | None, optimiser: Optimizer, group: Group) -> int:
-    """Steps that a killed run had taken, its state loaded by rank 0; the students' weights follow on wrapping."""
+def _resumed(folder: WorkFolder | None, optimiser: Optimizer, group: Group) -> tuple[int, dict[str, float]]:
+    """Steps that a killed run had taken and its last loss terms; rank 0 loads its state.
 
-    def loaded() -> tuple[int, dict[str, Any]]:
-        start = folder.load() if folder is not None else 0
-        return start, optimiser.state_dict() if start and group.world > 1 else {}
+    The students' weights follow on wrapping.
+    """
 
-    start, state = group.share(loaded)
+    def loaded() -> tuple[int, dict[str, float], dict[str, Any]]:
+        start, terms = folder.load() if folder is not None else (0, {})
+        return start, terms, optimiser.state_dict() if start and group.world > 1 else {}
+
+    start, terms, state = group.share(loaded)
     if state and not group.leads:
         optimiser.load_state_dict(state)
-    return start
+    return start, terms
 
 
 def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
@@ -245,17 +248,17 @@ class WorkFolder:
         self._folder, self._student, self._optimiser, self._fingerprint = folder, student, optimiser, fingerprint
         self._began = time.monotonic()
 
-    def load(self) -> int:
-        """Take up the state that a killed run left; the number of steps already taken (0 without a checkpoint)."""
+    def load(self) -> tuple[int, dict[str, float]]:
+        """Take up the state that a killed run left: steps already taken (0 without a checkpoint), last loss terms."""
         path = self._folder / _CHECKPOINT
-        start = self._restored(path) if path.is_file() else 0
+        start, terms = self._restored(path) if path.is_file() else (0, {})
         log = self._folder / LOG
         if log.exists():  # a line a step: those of a broken run beyond its checkpoint are dropped
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             log.write_text("".join(lines[:start]), encoding="utf-8")
-        return start
+        return start, terms
 
-    def _restored(self, path: Path) -> int:
+    def _restored(self, path: Path) -> tuple[int, dict[str, float]]:
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
@@ -275,16 +278,17 @@ class WorkFolder:
                 state.setdefault(int(index), {})[name] = value
         groups = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": state, "param_groups": groups})
-        return int(meta["step"])
+        return int(meta["step"]), json.loads(meta.get("terms", "{}"))
 
-    def save(self, step: int) -> None:
-        """Write the state after ``step`` steps; a crash while writing leaves the previous file whole."""
+    def save(self, step: int, terms: Mapping[str, float]) -> None:
+        """Write state and loss terms after ``step`` steps; a crash while writing leaves the file before whole."""
         tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in self._student.state_dict().items()}
         for index, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
         new = self._folder / f"{_CHECKPOINT}.{os.getpid()}.new"
         try:
-            save_file(tensors, new, metadata={"step": str(step), "fingerprint": self._fingerprint})
+            meta = {"step": str(step), "terms": json.dumps(terms), "fingerprint": self._fingerprint}
+            save_file(tensors, new, metadata=meta)
             os.replace(new, self._folder / _CHECKPOINT)
         except (OSError, SafetensorError) as error:
             raise TrainingError(
