@@ -64,9 +64,11 @@ def test_eval_says_what_to_do_about_thresholds_that_do_not_keep_to_their_promise
     def row(found: int, alarms: int, good: int = 50) -> dict[str, float]:
         return {"defects": 20, "found": found, "found_rate": found / 20, "good": good, "false_alarms": alarms}
 
-    made = decision({name: 150 for name in ("fine", "moved", "high", "hard")})
-    found = {"fine": row(15, 3), "moved": row(15, 4), "high": row(4, 0), "hard": row(4, 0), "other": row(0, 50)}
-    auroc = {"fine": 0.95, "moved": 0.95, "high": 0.93, "hard": 0.7, "other": 0.95}
+    fixed = {"hand": Threshold(2.0, 0.0, False, "set by hand")}
+    made = decision({name: 150 for name in ("fine", "moved", "high", "hard", "hand")}, fixed=fixed)
+    found = {"fine": row(15, 3), "moved": row(15, 4), "high": row(4, 0), "hard": row(4, 0)}
+    found |= {"hand": row(15, 40), "other": row(0, 50)}
+    auroc = {"fine": 0.95, "moved": 0.95, "high": 0.93, "hard": 0.7, "hand": 0.95, "other": 0.95}
     values = {"decisions": found, "classes": {name: {"image_auroc": area} for name, area in auroc.items()}}
     moved, high = cautions(values, made)
     assert moved.startswith("moved: 4 of 50 good images are called bad, and about 1 % were expected")

@@ -313,7 +313,7 @@ def cautions(values: Mapping[str, Any], decision: Decision) -> list[str]:
     """What to do about classes with more false alarms than expected, or a threshold above most defects."""
     lines = []
     for name, row in values["decisions"].items():
-        if name not in decision.classes:
+        if name not in decision.classes or name in decision.fixed:  # what was set by hand or labels promises nothing
             continue
         rule, auroc = decision.rule(name, given=False), values["classes"].get(name, {}).get("image_auroc", 0.0)
         expected = max(rule.image.max_fpr, 1 / (len(rule.scores) + 1))
