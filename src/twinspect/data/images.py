@@ -47,9 +47,10 @@ _MANY = 0.02  # of an image's values: more than ringing at edges and noise aroun
 _BLOCK = 1 << 22  # values that become 8 bits at a time
 _RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
-# Of a PNG that cannot be opened, these go as well: no pixel depends on them.
-_PNG_NUMBERS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"pHYs", b"tIME", b"bKGD", b"hIST", b"sPLT", b"sBIT")
+_PNG_NOTES = frozenset(  # chunks that no pixel depends on: of colour profiles, texts and printers
+    b"iCCP gAMA cHRM sRGB cICP pHYs tIME bKGD hIST sPLT sBIT tEXt zTXt iTXt".split()
+)
+_PNG_TURNS = (b"Raw profile type ", b"XML:com.adobe.xmp")  # texts that may hold EXIF
 _GREY_MODES = ("1", "L", "LA", "La")  # of Pillow, with 8 bits or fewer
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
@@ -112,10 +113,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], bool]:
         if not isinstance(picture, Image.Image):
             return (picture.shape[0], picture.shape[1]), picture.ndim == 2
         width, height = picture.size
-        orientation = 1
-        with suppress(Exception):  # EXIF that cannot be read turns nothing
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        shape = (width, height) if orientation in _SIDEWAYS else (height, width)
+        shape = (width, height) if _orientation(picture) in _SIDEWAYS else (height, width)
         return shape, picture.mode in _GREY_MODES or _is_deep(picture)
 
 
@@ -155,22 +153,22 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
     return _values_to_rgb(layers, "array")
 
 
-def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
+def read_mask(path: Path) -> NDArray[np.bool_]:
     """Decode a ground-truth mask to H x W booleans; any value above zero is defect. Raises as `read_rgb`.
 
     Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it. Of a
     mask in a format that changes values (JPEG and such), half of its largest value counts: it rings around edges.
     """
-    values, exact = read_mask_values(path, limits)
+    values, exact = read_mask_values(path)
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]  # alpha says nothing about the defect
     largest = values if values.ndim == 2 else values.max(axis=2)
     return np.asarray(largest > (0 if exact else max(largest.max() / 2, _RINGING)), dtype=np.bool_)
 
 
-def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
+def read_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
     """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly."""
-    with _picture(path, limits, f"{path}: mask") as picture:
+    with _picture(path, ImageLimits(), f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
         exact = not _changes_values(picture)  # before its file is read
@@ -293,40 +291,32 @@ def _opened(raw: bytes) -> Image.Image | None:
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            opened = Image.open(io.BytesIO(_without_notes(raw, 1000)), formats=_FORMATS)
-            return None if _is_misread(opened) else opened
+            opened = Image.open(io.BytesIO(_without_notes(raw)), formats=_FORMATS)
+            tags: Any = getattr(opened, "tag_v2", {})
+            uncompressed = opened.info.get("compression", "raw") == "raw"
+            # Of planes with more than 8 bits that are not compressed, Pillow makes other pixels.
+            misread = tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and uncompressed
+            return None if misread else opened
         except Exception:
             if raw[:4] in _TIFF:
                 return None
             if raw[:8] != _PNG:
                 raise
-            return Image.open(io.BytesIO(_without_notes(raw, 0)), formats=_FORMATS)
+            return Image.open(io.BytesIO(_without_notes(raw, texts_that_turn=False)), formats=_FORMATS)
 
 
-def _is_misread(image: Image.Image) -> bool:
-    """Whether Pillow takes the bytes of this TIFF for other pixels: planes of more than 8 bits, not compressed."""
-    tags: Any = getattr(image, "tag_v2", {})
-    compressed = image.info.get("compression", "raw") != "raw"
-    return tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and not compressed
-
-
-def _without_notes(raw: bytes, longest: int) -> bytes:
-    """A PNG without colour profile and texts of more than ``longest`` bytes, of which Pillow refuses the largest.
-
-    With 0, all that Pillow may stumble over and no pixel needs is left out.
-    """
-    left_out = _PNG_NOTES if longest else _PNG_NOTES + _PNG_NUMBERS
+def _without_notes(raw: bytes, texts_that_turn: bool = True) -> bytes:
+    """A PNG without what no pixel depends on: Pillow refuses the file for a damaged or very large note."""
     if raw[:8] != _PNG:
         return raw
     chunks, place = [_PNG], 8
     while place + 8 <= len(raw):
         length = int.from_bytes(raw[place : place + 4], "big")
         kind, start, end = raw[place + 4 : place + 8], place + 8, place + 12 + length
-        turns = longest > 0 and raw[start : start + 17] in (b"Raw profile type ", b"XML:com.adobe.xmp")
-        if kind not in left_out or (0 < longest >= length) or turns:
+        if kind not in _PNG_NOTES or (texts_that_turn and raw[start : start + 17] in _PNG_TURNS):
             chunks.append(raw[place:end])
         place = end
-    return b"".join(chunks) if sum(map(len, chunks)) < len(raw) else raw
+    return b"".join(chunks)
 
 
 def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
@@ -386,7 +376,6 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    image.load()  # first: a TIFF turns itself here, and only then says that it lies right
     with suppress(Exception):  # EXIF that cannot be read turns nothing
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
@@ -399,12 +388,11 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _values(image: Image.Image) -> NDArray[Any]:
     """An image's own values, upright, H x W or H x W x channels; of grey, white is the largest."""
-    orientation = _orientation(image)
-    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0 and _is_deep(
-        image
-    )  # Pillow turns 8 bits only
+    image.load()  # a TIFF turns itself here, and only then says that it lies right
     values = np.asarray(image)
-    return _turned(_negative(values) if white_is_zero else values, orientation)
+    if _is_deep(image) and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # Pillow inverts 8 bits only
+        values = _negative(values)
+    return _turned(values, _orientation(image))
 
 
 def _negative(values: NDArray[Any]) -> NDArray[Any]:
@@ -423,10 +411,10 @@ def _changes_values(image: Image.Image) -> bool:
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:
     if _is_deep(image):
         return _values_to_rgb(_values(image), label)
-    orientation = _orientation(image)
+    image.load()  # see `_values`
     see_through = image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)
     values = np.asarray(image.convert("RGBA" if see_through else "RGB"))
-    return _values_to_rgb(_turned(values, orientation), label)
+    return _values_to_rgb(_turned(values, _orientation(image)), label)
 
 
 def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:
