@@ -27,7 +27,7 @@ from twinspect.commands.options import ReproduceOptions
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.data.protocols import SEMANTIC, Split, drop_leaks, find_leaks, make_splits
+from twinspect.data.protocols import SEMANTIC, Split, find_leaks, make_splits
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor, TorchRuntime
@@ -134,7 +134,8 @@ def run_recipe(
     loaded = results.read_data(root, recipe.layout, None, console)
     pairs = find_leaks(loaded.samples)
     console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
-    samples = drop_leaks(loaded.samples) if without_leaks else list(loaded.samples)
+    leaked = {sample for sample, _ in pairs} if without_leaks else set()
+    samples = [sample for sample in loaded.samples if sample not in leaked]
     splits = make_splits(samples, recipe.protocol, config.train.seed)
     reasons = differences(recipe, loaded, config)
     for reason in reasons:

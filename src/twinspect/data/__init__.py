@@ -119,7 +119,9 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     """
     if layout not in ("auto", *DATASETS):
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    given = _opened(root)
+    given = Folder(existing(root))
+    if given.problem:
+        raise DataError(f"{given.path}: {given.problem}")
     if layout == "auto":
         name, place = _locate(given)
     else:
@@ -146,13 +148,6 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
         log.note(f"{given.path} only wraps {place.name}, which was read")
     _note(samples, log)
     return Loaded(name, place.path, tuple(samples), tuple(log.skipped.items()), tuple(log.notes))
-
-
-def _opened(root: Path | str) -> Folder:
-    folder = Folder(existing(root))
-    if folder.problem:
-        raise DataError(f"{folder.path}: {folder.problem}")
-    return folder
 
 
 def _read(name: str, place: Folder, images: Path | str | None, log: ScanLog) -> list[Sample]:

@@ -74,17 +74,12 @@ def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
         if name.endswith(".parquet"):
             return _open_parquet(path)
         if "-idx" in name or ".idx" in name:
-            return _open_idx(path)
+            classes = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+            labels = read_idx(classes).ravel().tolist() if classes != path and os.path.isfile(classes) else ()
+            return _planes(read_idx(path)[:, None], labels)
         return _open_cifar(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
-
-
-def _open_idx(path: Path) -> Container:
-    """Images, whose classes stand in another file beside it."""
-    beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    labels = read_idx(beside).ravel().tolist() if beside != path and os.path.isfile(beside) else ()
-    return _planes(read_idx(path)[:, None], labels)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -69,7 +69,7 @@ def find_manifests(place: Folder) -> list[Path]:
 
 def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """Samples of one table, whose paths are relative to ``images``."""
-    return read_rows(path, table_rows(path), log, images)
+    return read_rows(path, table_rows(path), log, images, partly=False)
 
 
 def path_column(names: Iterable[str]) -> str:
@@ -78,7 +78,7 @@ def path_column(names: Iterable[str]) -> str:
 
 
 def read_rows(
-    path: Path, rows: Sequence[tuple[str, Row]], log: ScanLog, base: Path | None, partly: bool = False
+    path: Path, rows: Sequence[tuple[str, Row]], log: ScanLog, base: Path | None, partly: bool = True
 ) -> list[Sample]:
     """Samples of the ``rows`` of a list, which come with their places for messages.
 
@@ -125,14 +125,9 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
         raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
     rows: list[Row] = [
         {
+            **{name: getattr(sample, name) for name in COLUMNS if name != "mask"},
             "image": relative_to_root(sample.image, root),
-            "split": sample.split,
-            "class_name": sample.class_name,
-            "label": sample.label,
-            "defect_type": sample.defect_type,
             "mask": [relative_to_root(mask, root) for mask in sample.masks],
-            "group": sample.group,
-            "record": sample.record,
         }
         for sample in samples
     ]
@@ -258,8 +253,10 @@ class _RowReader:
         masks: list[Path] = []
         for name in _mask_names(row.get(self._names.get("mask", ""))):
             file = inside(self._base, name, where)
-            if os.path.exists(file):  # a folder: several masks of one image
-                masks += [file] if os.path.isfile(file) else Folder(file).images_below(ScanLog())
+            if os.path.isfile(file):
+                masks.append(file)
+            elif os.path.isdir(file):  # several masks of one image
+                masks += Folder(file).images_below(ScanLog())
             else:
                 missing[name] = file
         word = self._text(row, "split")
@@ -341,7 +338,7 @@ def _mask_names(cell: Any) -> list[str]:
 
 def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
-    return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
+    return read_rows(path, table_rows(path), log, images or path.parent.parent)
 
 
 def find_real_iad(root: Folder) -> list[Path]:
@@ -367,11 +364,7 @@ def real_iad(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     if not os.path.isdir(pictures):
         log.skip(path, "list of a class without image folder")
         return []
-    return read_rows(path, list(_real_iad_rows(path)), log, pictures, partly=True)
-
-
-def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    lists = as_object(read_json(path), str(path))
+    lists, rows = as_object(read_json(path), str(path)), []
     for split in (TRAIN, TEST):
         for where, entry in objects_of(lists.get(split), f"{path} {split}"):
             image = str(entry.get("image_path") or "").replace("\\", "/")
@@ -380,7 +373,8 @@ def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"{where}: anomaly_class is {kind!r}; OK or a kind of defect is needed")
             row = {"image": image, "split": split, "label": int(kind != "OK"), "defect_type": kind}
             row |= {"mask": entry.get("mask_path"), "group": f"{path.stem}/{PurePosixPath(image).parent}"}
-            yield where, row
+            rows.append((where, row))
+    return read_rows(path, rows, log, pictures)
 
 
 def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -388,10 +382,7 @@ def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 
     Paths in it are relative to its folder or to ``images``.
     """
-    return read_rows(path, list(_meta_rows(path, log)), log, images or path.parent, partly=True)
-
-
-def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
+    rows = []
     for word, classes in as_object(read_json(path), str(path)).items():
         split = meaning(word).split
         if not split:
@@ -401,7 +392,8 @@ def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
             for where, entry in objects_of(entries, f"{path} {word} {name}"):
                 row = {"image": entry.get("img_path"), "split": split, "class_name": entry.get("cls_name") or name}
                 row |= {"label": entry.get("anomaly"), "mask": entry.get("mask_path")}
-                yield where, {**row, "defect_type": entry.get("specie_name") or "anomaly"}
+                rows.append((where, {**row, "defect_type": entry.get("specie_name") or "anomaly"}))
+    return read_rows(path, rows, log, images or path.parent)
 
 
 def find_uniad_json(place: Folder) -> list[Path]:
@@ -426,7 +418,7 @@ def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
         row = {"image": image, "split": split, "class_name": entry.get("clsname") or image.split("/")[0]}
         row |= {"label": entry.get("label", None if split == TEST else 0), "mask": entry.get("maskname")}
         rows.append((where, {**row, "defect_type": PurePosixPath(image).parent.name}))
-    return read_rows(path, rows, log, images, partly=True)
+    return read_rows(path, rows, log, images)
 
 
 def find_lookout(place: Folder) -> list[Path]:
@@ -443,24 +435,27 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     anomalies to the test.
     """
     lines, base = list(read_json_lines(path)), images or path.parent
-    addresses = [_address_parts(str(entry.get("source-ref") or "")) for _, entry in lines]
+    addresses = []
+    for _, entry in lines:
+        address = str(entry.get("source-ref") or "")
+        parts = PurePosixPath(address.partition("://")[2] or address).parts
+        addresses.append([part for part in parts if part not in ("..", "/")])  # none leads upwards
     depth = len(addresses[0]) if addresses else 0
     dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*addresses[0][n:]))), depth - 1)
     if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
         log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
     rows = []
-    for parts, (where, entry) in zip(addresses, lines, strict=True):
+    for address_parts, (where, entry) in zip(addresses, lines, strict=True):
         label = _lookout_label(entry, where)
         split = meaning(path.stem).split or (TEST if label else TRAIN)
-        row = {"image": "/".join(parts[dropped:]) or ".", "split": split, "label": label, "defect_type": "anomaly"}
+        row = {
+            "image": "/".join(address_parts[dropped:]) or ".",
+            "split": split,
+            "label": label,
+            "defect_type": "anomaly",
+        }
         rows.append((where, row))
-    return read_rows(path, rows, log, base, partly=True)
-
-
-def _address_parts(address: str) -> list[str]:
-    """The parts of an address without its scheme; none of them leads upwards."""
-    parts = PurePosixPath(address.partition("://")[2] or address).parts
-    return [part for part in parts if part not in ("..", "/")]
+    return read_rows(path, rows, log, base)
 
 
 def _lookout_label(entry: dict[str, Any], where: str) -> int | None:

@@ -12,7 +12,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -59,36 +59,22 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 
 
-class _Words(NamedTuple):
-    """The words of ``words.toml``."""
-
-    of_files: dict[str, str]  # word -> role
-    of_folders: dict[str, str]
-    splits: dict[str, str]
-    pictures: frozenset[str]
-    plain: frozenset[str]
-    negations: frozenset[str]
-    tasks: frozenset[str]
-    anywhere: list[tuple[str, list[str]]]
-
-
-@cache
-def _known() -> _Words:
-    table = tomllib.loads(files("twinspect").joinpath("data/words.toml").read_text(encoding="utf-8"))
-    of_files, more, splits = (
-        {word: meant for meant, words in table[name].items() for word in words.split()}
-        for name in ("roles", "roles_of_folders", "splits")
-    )
-    pictures, lots = (frozenset(table["plain"][name].split()) for name in ("pictures", "lots"))
-    negations, tasks = (frozenset(table["grammar"][name].split()) for name in ("not", "tasks"))
-    anywhere = [(role, words.split()) for role, words in table["anywhere"]["words"]]
-    return _Words(of_files, of_files | more, splits, pictures, pictures | lots, negations, tasks, anywhere)
+_TABLE = tomllib.loads(files("twinspect").joinpath("data/words.toml").read_text(encoding="utf-8"))
+_ROLES_OF_FILES, _more, _SPLITS = (
+    {word: meant for meant, words in _TABLE[name].items() for word in words.split()}
+    for name in ("roles", "roles_of_folders", "splits")
+)
+_ROLES_OF_FOLDERS = _ROLES_OF_FILES | _more
+_PICTURES, _lots = (frozenset(_TABLE["plain"][name].split()) for name in ("pictures", "lots"))
+_PLAIN = _PICTURES | _lots
+_ANYWHERE = [(role, words.split()) for role, words in _TABLE["anywhere"]["words"]]
+_NEGATIONS, _TASKS = (frozenset(_TABLE["grammar"][name].split()) for name in ("not", "tasks"))
 
 
 @lru_cache(maxsize=1 << 14)
 def meaning(name: str) -> Meaning:
     """What the name of a folder, or the text of a cell, says."""
-    return _meaning(name, _words(_CAMEL.sub(" ", name)), _known().of_folders)
+    return _meaning(name, _words(_CAMEL.sub(" ", name)), _ROLES_OF_FOLDERS)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -96,7 +82,7 @@ def meaning_of_file(name: str) -> Meaning:
     """What the name of an image file says; serial numbers and hashes say nothing."""
     stem = _UUID.sub(" ", name.rpartition(".")[0] or name)
     chunks = [chunk.strip("0123456789") for chunk in re.split(r"[\W_]+", stem)]
-    return _meaning(stem, _words(" ".join(chunk for chunk in chunks if chunk.isalpha())), _known().of_files)
+    return _meaning(stem, _words(" ".join(chunk for chunk in chunks if chunk.isalpha())), _ROLES_OF_FILES)
 
 
 def key(text: str) -> str:
@@ -111,20 +97,19 @@ def _words(name: str) -> list[str]:
 
 
 def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
-    known = _known()
-    if known.tasks & set(words):  # mvtec_anomaly_detection is a project, and not a folder of anomalies
+    if _TASKS & set(words):  # mvtec_anomaly_detection is a project, and not a folder of anomalies
         return Meaning(rest=" ".join(words))
     roles_seen: set[str] = set()
     split, rest = "", []
     for word, role in _judged(words, roles):
         if role:
             roles_seen.add(role)
-        elif word in known.splits:
-            split = split or known.splits[word]
+        elif word in _SPLITS:
+            split = split or _SPLITS[word]
         else:
             rest.append(word)
-    split = split or known.splits.get(key(name), "")  # held-out
-    if anywhere := next((role for role, texts in known.anywhere if any(text in name for text in texts)), ""):
+    split = split or _SPLITS.get(key(name), "")  # held-out
+    if anywhere := next((role for role, texts in _ANYWHERE if any(text in name for text in texts)), ""):
         roles_seen.add(anywhere)
     if spelled := _SPELLED.get(key(name)):
         roles_seen, rest = {spelled}, []
@@ -133,15 +118,15 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     if rest and not plain and not split:
         roles_seen.discard(UNSORTED)  # a new_bottle is a product
     role = UNSORTED if both else next((word for word in (MASK, BAD, UNSORTED, GOOD) if word in roles_seen), "")
-    return Meaning(role, split, " ".join(rest), plain, bool(rest) and known.pictures.issuperset(rest))
+    return Meaning(role, split, " ".join(rest), plain, bool(rest) and _PICTURES.issuperset(rest))
 
 
 def _is_plain(rest: list[str]) -> bool:
     """Words for images or lots with their numbers and letters, or a date; a bare number may be a label."""
     dated = all(map(str.isdigit, rest)) and len("".join(rest)) >= 6
     return dated or (
-        any(word in _known().plain for word in rest)
-        and all(word in _known().plain or word.isdigit() or len(word) == 1 for word in rest)
+        any(word in _PLAIN for word in rest)
+        and all(word in _PLAIN or word.isdigit() or len(word) == 1 for word in rest)
     )
 
 
@@ -151,7 +136,7 @@ def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]
     while place < len(words):
         word, after = words[place], words[place + 1 : place + 2]
         role, used = _role(word, roles), 1
-        if word in _known().negations and after and (turned := _TURNED.get(_role(after[0], roles))):
+        if word in _NEGATIONS and after and (turned := _TURNED.get(_role(after[0], roles))):
             role, used = turned, 2
         elif word == "ground" and after == ["truth"]:
             role, used = MASK, 2
@@ -189,8 +174,3 @@ def role_of(folders: tuple[str, ...]) -> str:
     private = any(meant.role == UNSORTED and meant.split == TEST for meant in meanings)
     order = (MASK, BAD, UNSORTED) if private else (MASK, BAD, GOOD, UNSORTED)
     return next((role for role in order if role in roles), "")
-
-
-def split_of(folders: tuple[str, ...]) -> str:
-    """The split that the outermost of the folders above an image names; empty if none does."""
-    return next((split for name in folders if (split := meaning(name).split)), "")

@@ -236,18 +236,7 @@ def pick(members: Sequence[Sample], target: int, salt: str) -> set[int]:
     target = min(target, half)
     if target <= 0:
         return set()
-    units = _units(members, salt)
-    chosen: set[int] = set()
-    for unit in units:
-        if len(chosen) >= target:
-            break
-        if len(chosen) + len(unit) <= half:
-            chosen |= set(unit)
-    return chosen or set(sorted(units, key=len)[0])
-
-
-def _units(members: Sequence[Sample], salt: str) -> list[list[int]]:
-    """Positions of the members of each group, or of each image alone."""
+    # Positions of the members of each group, or of each image alone.
     base = _common_folder(members)
     names = [f"{_relative(s.image, base)}#{s.record}" for s in members]
     groups: dict[str, list[int]] = defaultdict(list)
@@ -255,7 +244,14 @@ def _units(members: Sequence[Sample], salt: str) -> list[list[int]]:
         groups[f"group {sample.group}" if sample.group else names[index]].append(index)
     if len(groups) == 1:
         groups = defaultdict(list, {name: [index] for index, name in enumerate(names)})
-    return [groups[key] for key in sorted(groups, key=lambda key: _hash(f"{salt}|{key}"))]
+    units = [groups[key] for key in sorted(groups, key=lambda key: _hash(f"{salt}|{key}"))]
+    chosen: set[int] = set()
+    for unit in units:
+        if len(chosen) >= target:
+            break
+        if len(chosen) + len(unit) <= half:
+            chosen |= set(unit)
+    return chosen or set(sorted(units, key=len)[0])
 
 
 def content_hash(roles: Iterable[tuple[str, Sequence[Sample]]], more: Iterable[str] = ()) -> str:
@@ -314,12 +310,6 @@ def find_leaks(samples: Iterable[Sample]) -> list[tuple[Sample, Sample]]:
     ]
 
 
-def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples without the training and calibration copies of test images; the test split stays whole."""
-    leaked = {sample for sample, _ in find_leaks(samples)}
-    return [sample for sample in samples if sample not in leaked]
-
-
 def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[list[Sample], list[str]]:
     """Good images without copies of each other and of defects, in their order, and sentences about what was left out.
 
@@ -351,9 +341,8 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
 
 def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
     known = list(samples)
-    groups = [[sample for sample in known if sample.in_file]]
-    for key in (_size, lambda sample: sha256_of(sample.image)):
-        groups = [part for group in groups for part in _alike(group, key)]
+    of_one_size = _alike((sample for sample in known if sample.in_file), _size)
+    groups = [part for group in of_one_size for part in _alike(group, lambda sample: sha256_of(sample.image))]
     return groups + _alike((sample for sample in known if not sample.in_file), _pixel_hash)
 
 

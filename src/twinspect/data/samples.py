@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, read_mask, read_mask_values, read_rgb
-from twinspect.data.names import GOOD, MASK, meaning, role_of, split_of
+from twinspect.data.names import GOOD, MASK, meaning, role_of
 from twinspect.data.scan import ScanLog
 from twinspect.data.tables import read_json
 from twinspect.errors import DataError
@@ -158,8 +158,8 @@ class Place(NamedTuple):
 
     @property
     def split(self) -> str:
-        """The split that the folders name, or nothing."""
-        return split_of(self.folders)
+        """The split that the outermost folder names that names one, or nothing."""
+        return next((split for name in self.folders if (split := meaning(name).split)), "")
 
 
 Images = dict[str, list[tuple[tuple[str, ...], Path]]]  # name of an image -> folders and path of each that has it
@@ -181,7 +181,13 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
     in a folder that is named like the image, or are numbered. Where folders do not tell, the name alone decides. Of
     several groups of images, a mask that fits one of an earlier group is not another's.
     """
-    named = [_by_name(group) for group in groups]
+    named: list[Images] = []
+    for group in groups:
+        images: Images = defaultdict(list)
+        for path, folders in group:
+            for name in (path.stem, path.name):  # a mask of 000.jpg may be 000.jpg.png
+                images[_plain(name)].append((_telling(folders), path))
+        named.append(images)
     masks_of: dict[Path, list[Path]] = defaultdict(list)
     for mask in masks:
         if any(meaning(folder).role == GOOD for folder in mask.folders):
@@ -193,14 +199,6 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
         else:
             log.skip(mask.path, "mask that fits images of several folders" if owners else "mask without image")
     return {image: tuple(sorted(paths)) for image, paths in masks_of.items()}
-
-
-def _by_name(places: Sequence[Place]) -> Images:
-    images: Images = defaultdict(list)
-    for path, folders in places:
-        for name in (path.stem, path.name):  # a mask of 000.jpg may be 000.jpg.png
-            images[_plain(name)].append((_telling(folders), path))
-    return images
 
 
 def _owners(mask: Place, images: Images) -> list[Path]:

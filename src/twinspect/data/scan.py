@@ -118,20 +118,16 @@ class Folder:
                 log.skip(here.path, _READ_BEFORE)
                 continue
             visited.add(real)
-            here._report(log)
+            if here.problem:
+                log.skip(here.path, here.problem)
+            beside_images = bool(here.images or not here._inner)  # a licence beside folders is no news
+            for path, reason in here._left_out:
+                if beside_images or reason == _READ_BEFORE:
+                    log.skip(path, reason)
+            for path in here.others if beside_images else ():
+                log.skip(path, _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else "not an image file")
             yield here
             stack.extend(reversed(here.folders))
-
-    def _report(self, log: ScanLog) -> None:
-        if self.problem:
-            log.skip(self.path, self.problem)
-        beside_images = bool(self.images or not self._inner)  # a licence beside folders is no news
-        for path, reason in self._left_out:
-            if beside_images or reason == _READ_BEFORE:
-                log.skip(path, reason)
-        for path in self.others if beside_images else ():
-            unread = path.suffix.lower() in UNREAD_SUFFIXES
-            log.skip(path, _UNREAD if unread else "not an image file")
 
     def images_below(self, log: ScanLog) -> list[Path]:
         """Images at any depth, sorted by path."""
