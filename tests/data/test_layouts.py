@@ -112,17 +112,17 @@ def test_loco_masks_and_saturation(tmp_path: Path) -> None:
     assert {s.defect_type for s in anomalies} == {LOGICAL, STRUCTURAL}
     for sample in anomalies:
         shape = read_sample_rgb(sample).shape[:2]
-        first, second = read_regions(sample, shape)
-        assert first.saturation == pytest.approx(first.mask.sum() / 2)
-        assert second.saturation == 10
-        assert np.array_equal(read_sample_mask(sample, shape), first.mask | second.mask)
+        (first, first_area), (second, second_area) = read_regions(sample, shape)
+        assert first_area == pytest.approx(first.sum() / 2)
+        assert second_area == 10
+        assert np.array_equal(read_sample_mask(sample, shape), first | second)
 
 
 def test_regions_without_config_saturate_at_their_area(tmp_path: Path) -> None:
     write("mvtec-ad", tmp_path)
     sample = next(s for s in load(tmp_path).samples if s.masks)
-    (region,) = read_regions(sample, (64, 64))
-    assert region.saturation == region.mask.sum()
+    ((region, area),) = read_regions(sample, (64, 64))
+    assert area == region.sum()
 
 
 def test_loco_grey_value_without_entry_is_an_error(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     shape = (result.height, result.width)
     names = ", ".join(str(path) for path in sample.masks)
     if sample.label == 1 and has_saturation(sample):
-        regions = [(region.mask, region.saturation) for region in read_regions(sample, shape)]
+        regions = read_regions(sample, shape)
         mask, marks = None, bool(regions)
     else:
         mask, regions = read_sample_mask(sample, shape), None

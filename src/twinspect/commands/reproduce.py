@@ -55,13 +55,6 @@ class Recipe:
     published: tuple[dict[str, Any], ...]  # what others report: ``system``, ``percent`` by metric, ``source``
     remark: str  # what the sources leave open
 
-    @property
-    def cost(self) -> str:
-        """What has to be computed."""
-        model, train = self.settings.model, self.settings.train
-        runs = f"{self.runs} runs of " if self.runs > 1 else ""
-        return f"{runs}{train.steps:,} steps of batch {train.batch} at {model.size} pixels"
-
     def config(
         self, teacher: str = "", weights: str = "", seed: int = 0, limit_steps: int = 0, size: int = 0
     ) -> RunConfig:
@@ -107,7 +100,9 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
     """List the recipes, or run one."""
     if not options.recipe:
         for name, recipe in RECIPES.items():
-            console.say(f"{name:<28}{recipe.title}: {recipe.cost}")
+            runs = f"{recipe.runs} runs of " if recipe.runs > 1 else ""
+            steps, batch, size = recipe.settings.train.steps, recipe.settings.train.batch, recipe.settings.model.size
+            console.say(f"{name:<28}{recipe.title}: {runs}{steps:,} steps of batch {batch} at {size} pixels")
         return
     if options.recipe not in RECIPES:
         raise ConfigError(unknown_name("recipe", options.recipe, RECIPES))

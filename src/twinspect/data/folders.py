@@ -92,7 +92,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
             sub.images_below(log)  # a folder that cannot be listed says so
     speaking = [sub for sub in inner if _speaks(sub, inner)]
     silent = [sub for sub in inner if sub not in speaking]
-    learnt = [sub for sub in speaking if sub.meant.is_learnt]
+    learnt = [sub for sub in speaking if sub.meant.role == GOOD or (sub.meant.split == TRAIN and not sub.meant.role)]
     if len({sub.meant.rest for sub in learnt if not sub.meant.plain} - {""}) > 1:
         raise DataError(
             f"{root.path}: {listed([sub.name for sub in learnt])} are good images of several products; give each "
@@ -113,8 +113,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
             classes.append(sub)
     for sub in speaking:
         if sub.meant.role == BAD:
-            reason = "its name says defects, and not of which class; move it into its class, or rename it"
-            log.leave(sub.path, reason)
+            log.leave(sub.path, "its name says defects, and not of which class; move it into its class, or rename it")
         else:
             log.skip(sub.path, "its name does not say to which class it belongs")
     for image in root.images if classes else ():

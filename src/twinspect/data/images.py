@@ -171,8 +171,12 @@ def read_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
     with _picture(path, ImageLimits(), f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
-        exact = not _changes_values(picture)  # before its file is read
-        return _values(picture), exact
+        changes = picture.format in ("JPEG", "MPO", "JPEG2000", "AVIF")
+        changes |= picture.info.get("compression") in ("jpeg", "webp")
+        if picture.format == "WEBP":
+            stream: Any = picture.fp  # type: ignore[attr-defined]  # closed once the pixels are decoded
+            changes = b"VP8L" not in stream.getvalue()[:4096]
+        return _values(picture), not changes
 
 
 def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
@@ -399,13 +403,6 @@ def _negative(values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind != "f":
         return np.asarray((255 if values.dtype.itemsize == 1 else 65535) - values.astype(np.int64))
     return np.asarray(255 / _float_scale(values) - values)
-
-
-def _changes_values(image: Image.Image) -> bool:
-    if image.format == "WEBP":
-        stream: Any = image.fp  # type: ignore[attr-defined]
-        return b"VP8L" not in stream.getvalue()[:4096]
-    return image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or image.info.get("compression") in ("jpeg", "webp")
 
 
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:

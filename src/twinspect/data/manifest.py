@@ -62,13 +62,13 @@ def find_manifests(place: Folder) -> list[Path]:
     """The manifest of a folder; a file, if it is a table with an image column."""
     if not place.is_file:
         return [path for name in NAMES for path in place.files if path.name.lower() == name][:1]
-    path, suffix = place.path, place.path.suffix.lower()
-    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(table_columns(path))))
-    return [path] if is_table else []
+    suffix = place.path.suffix.lower()
+    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and path_column(table_columns(place.path)))
+    return [place.path] if is_table else []
 
 
 def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
-    """Samples of one table, whose paths are relative to ``images``."""
+    """Samples of one table; each row must name a file that is there."""
     return read_rows(path, table_rows(path), log, images, partly=False)
 
 
@@ -168,11 +168,8 @@ def _table_bytes(rows: list[Row], suffix: str) -> bytes:
 def _columns(header: Iterable[str]) -> dict[str, str]:
     """Our name of a column -> the table's, for those that are there."""
     by_key = {key(name): name for name in reversed(list(header))}
-    columns = {
-        ours: next((by_key[alias] for alias in aliases.split() if alias in by_key), "")
-        for ours, aliases in _ALIASES.items()
-    }
-    return {ours: name for ours, name in columns.items() if name}
+    ranked = ((ours, alias) for ours, aliases in _ALIASES.items() for alias in reversed(aliases.split()))
+    return {ours: by_key[alias] for ours, alias in ranked if alias in by_key}  # the best comes last, and stays
 
 
 def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
@@ -378,10 +375,7 @@ def real_iad(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 
 
 def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
-    """``meta.json`` of the ADer and AnomalyCLIP family: ``{train: {class: [...]}, test: {class: [...]}}``.
-
-    Paths in it are relative to its folder or to ``images``.
-    """
+    """``meta.json`` of the ADer and AnomalyCLIP family: ``{train: {class: [...]}, test: {class: [...]}}``."""
     rows = []
     for word, classes in as_object(read_json(path), str(path)).items():
         split = meaning(word).split

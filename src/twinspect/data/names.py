@@ -16,7 +16,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from twinspect.types import TEST, TRAIN
+from twinspect.types import TEST
 
 GOOD, BAD, MASK, UNSORTED = "good", "bad", "mask", "unsorted"
 
@@ -34,11 +34,6 @@ class Meaning(NamedTuple):
     def says(self) -> bool:
         """Whether it says anything of what lies behind it."""
         return bool(self.role or self.split)
-
-    @property
-    def is_learnt(self) -> bool:
-        """Whether images behind it are learnt as good."""
-        return self.role == GOOD or (self.split == TRAIN and not self.role)
 
     @property
     def is_kind(self) -> bool:

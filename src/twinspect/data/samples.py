@@ -29,13 +29,6 @@ _SATURATION_FILE = "defects_config.json"
 _SHAPE = 0.02  # relative difference of a mask's and the images' height to width that is put down to rounding
 
 
-class DefectRegion(NamedTuple):
-    """One ground-truth region as sPRO counts it."""
-
-    mask: NDArray[np.bool_]  # H x W
-    saturation: float  # area in pixels that must be found for full credit
-
-
 def read_sample_rgb(sample: Sample, draft_side: int = 0) -> NDArray[np.uint8]:
     """H x W x 3 RGB of a sample, from its own file (see `read_rgb`) or from a record of a container file."""
     if sample.pixels is not None:
@@ -80,17 +73,27 @@ def has_saturation(sample: Sample) -> bool:
     return any(_saturation_config(path) is not None for path in sample.masks)
 
 
-def read_regions(sample: Sample, shape: tuple[int, int]) -> list[DefectRegion]:
-    """One region per mask file with its saturation area (MVTec LOCO's ``defects_config.json``).
+def read_regions(sample: Sample, shape: tuple[int, int]) -> list[tuple[NDArray[np.bool_], float]]:
+    """One region (H x W) per mask file, and the pixels of it that must be found for full credit in sPRO.
 
-    The grey value of a mask names its entry: an area in pixels, or a part of the region's own area. Without
-    that file a region saturates at its whole area, and sPRO becomes the overlap.
+    The grey value of a mask names its entry in MVTec LOCO's ``defects_config.json``: an area in pixels, or a part of
+    the region's own area. Without that file a region saturates at its whole area, and sPRO becomes the overlap.
     """
     regions = []
     for path in sample.masks:
         mask = _sized_mask(path, shape, sample)
-        if mask.any():
-            regions.append(DefectRegion(mask, _saturation(path, mask)))
+        if not mask.any():
+            continue
+        saturation = area = float(mask.sum())
+        if (config := _saturation_config(path)) is not None:
+            values, table = np.unique(read_mask_values(path)[0][mask]), _saturation_table(config)
+            if len(values) != 1 or int(values[0]) not in table:
+                raise DataError(
+                    f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}"
+                )
+            threshold, relative = table[int(values[0])]
+            saturation = min(threshold * area if relative else threshold, area)
+        regions.append((mask, saturation))
     return regions
 
 
@@ -107,19 +110,6 @@ def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[n
 
 def _saturation_config(path: Path) -> Path | None:
     return next((p / _SATURATION_FILE for p in path.parents[:4] if os.path.isfile(p / _SATURATION_FILE)), None)
-
-
-def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
-    area = float(mask.sum())
-    config = _saturation_config(path)
-    if config is None:
-        return area
-    values = np.unique(read_mask_values(path)[0][mask])
-    table = _saturation_table(config)
-    if len(values) != 1 or int(values[0]) not in table:
-        raise DataError(f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}")
-    threshold, relative = table[int(values[0])]
-    return min(threshold * area if relative else threshold, area)
 
 
 @lru_cache(maxsize=64)
