@@ -110,7 +110,7 @@ def _open_cifar(path: Path) -> Container:
             raise DataError(f"{path}: not a pickle of CIFAR's python version ({error})") from None
     batch = {_text(key): value for key, value in content.items()} if isinstance(content, dict) else {}
     labels, data = batch.get("fine_labels", batch.get("labels")), batch.get("data")
-    pixels = data.array(path) if isinstance(data, _Array) else None
+    pixels = data.array(path) if isinstance(data, _StandIn) else None
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != CIFAR_BYTES or not isinstance(labels, list):
         raise DataError(f"{path}: not a batch of CIFAR's python version (data N x 3072, labels)")
     if len(labels) != len(pixels) or not all(type(label) is int for label in labels):
@@ -122,10 +122,13 @@ def _text(key: object) -> str:
     return key.decode("latin-1") if isinstance(key, bytes) else str(key)
 
 
-class _Array:
-    """Stands in for numpy's array while unpickling: only remembers its state."""
+class _StandIn:
+    """Stands in for numpy's array and dtype while unpickling: only remembers what it is given."""
 
     state: object = ()
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -133,20 +136,13 @@ class _Array:
     def array(self, path: Path) -> NDArray[np.uint8]:
         """The bytes as an array; only C- or Fortran-ordered unsigned bytes are accepted."""
         match self.state:
-            case (int(), tuple() as shape, _Dtype(code="u1"), bool() | int() as fortran, bytes() as raw):
-                if all(type(n) is int and n >= 0 for n in shape) and int(np.prod(shape, dtype=object)) == len(raw):
+            case (int(), tuple() as shape, _StandIn(arguments=(code, *_)), bool() | int() as fortran, bytes() as raw):
+                whole = all(type(n) is int and n >= 0 for n in shape) and int(np.prod(shape, dtype=object)) == len(
+                    raw
+                )
+                if whole and _text(code) in ("u1", "|u1"):
                     return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
         raise DataError(f"{path}: its array is not of unsigned bytes, or is cut short; copy it again from its source")
-
-
-@dataclass(slots=True)
-class _Dtype:
-    """Stands in for numpy's dtype while unpickling."""
-
-    code: str
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and fields do not matter for bytes."""
 
 
 def _latin1(text: object, encoding: object = "latin1") -> bytes:
@@ -159,10 +155,10 @@ class _CifarUnpickler(pickle.Unpickler):
     """Admits the names that CIFAR's files hold, each bound to a harmless stand-in; refuses all others."""
 
     _ADMITTED: dict[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_arguments: _Array(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_arguments: _Array(),
-        ("numpy", "ndarray"): _Array,  # only an argument of the above
-        ("numpy", "dtype"): lambda code, *_arguments: _Dtype(_text(code).lstrip("|")),
+        ("numpy.core.multiarray", "_reconstruct"): _StandIn,
+        ("numpy._core.multiarray", "_reconstruct"): _StandIn,
+        ("numpy", "ndarray"): _StandIn,  # only an argument of the above
+        ("numpy", "dtype"): _StandIn,
         ("_codecs", "encode"): _latin1,
         ("__builtin__", "bytes"): lambda: b"",
     }
