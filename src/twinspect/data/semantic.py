@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,13 +79,19 @@ class ImageSet:
         files, official = self._official_files(root), len(self.train + self.test)
         if files and len(files) < official:
             log.note(f"{len(files)} of the {official} official files of {self.name} were found")
-        if files := files or _parquet_files(root):
-            return [
-                Sample(path, split, self._class(label, path), None, record=record)
-                for split, path in files
-                for record, label in enumerate(_labels(path))
-            ]
         samples: list[Sample] = []
+        files = files or _parquet_files(root)
+        for split, path in files:
+            container = open_container(path)
+            if len(container.labels) != container.count:
+                raise DataError(
+                    f"{path}: {len(container.labels):,} labels for {container.count:,} images; those of IDX files "
+                    "are in the file labels-idx1 beside them; copy both again"
+                )
+            classes = enumerate(self._class(label, path) for label in container.labels)
+            samples += [Sample(path, split, name, None, record=record) for record, name in classes]
+        if files:
+            return samples
         folders = _class_folders(root)
         for split, sub in folders:
             name = self._canonical(sub.name)
@@ -138,16 +143,6 @@ SETS = (
     # As CIFAR-10; ``class_name`` is the fine class, and `protocols.by_superclass` gives the 20 super-classes.
     ImageSet("cifar100", tuple(CIFAR100), ("train",), ("test",)),
 )
-
-
-def _labels(path: Path) -> Sequence[int | str]:
-    container = open_container(path)
-    if len(container.labels) != container.count:
-        raise DataError(
-            f"{path}: {len(container.labels):,} labels for {container.count:,} images; those of IDX files are in the "
-            "file labels-idx1 beside them; copy both again"
-        )
-    return container.labels
 
 
 def _parquet_files(root: Folder) -> list[tuple[str, Path]]:
