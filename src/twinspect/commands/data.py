@@ -14,7 +14,6 @@ from twinspect.data.manifest import write_manifest
 from twinspect.data.protocols import find_leaks
 from twinspect.data.scan import first_lines
 from twinspect.data.tables import has_columns
-from twinspect.errors import DataError
 from twinspect.files import refuse_unwritable
 
 
@@ -43,10 +42,7 @@ def manifest(options: ManifestOptions, console: Console) -> None:
     refuse_unwritable(out, "--out", ours=lambda file: has_columns(file, {"image", "split"}))
     loaded = read_data(options.path, options.layout, options.images, console)
     root = options.images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
-    try:
-        rows = write_manifest(loaded.samples, out, root)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
+    rows = write_manifest(loaded.samples, out, root)
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {quote(str(out))} --images {quote(str(root))}")

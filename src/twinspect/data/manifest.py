@@ -82,8 +82,8 @@ def read_rows(
 ) -> list[Sample]:
     """Samples of the ``rows`` of a list, which come with their places for messages.
 
-    Paths are relative to ``base``; if that is None, to the list's own folder, or to one in it that has the first. A row
-    that cannot be used is a DataError. With ``partly``, as for benchmarks, images may be missing; they are logged.
+    Paths are relative to ``base``; if that is None, to the list's own folder, or to one in it that has the first. A
+    row that cannot be used is a DataError. Of benchmarks (``partly``) images may be missing; they are logged.
     """
     if not rows:
         return []
