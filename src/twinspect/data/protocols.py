@@ -145,16 +145,11 @@ def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split
     return splits
 
 
-def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
+def by_superclass(samples: Sequence[Sample]) -> list[Sample]:
     """CIFAR-100 samples with the super-class as class; the protocols then work on 20 classes."""
-    renamed = []
-    for sample in samples:
-        if sample.class_name not in CIFAR100:
-            raise ConfigError(
-                f"{sample.class_name!r} is not a class of CIFAR-100; super-classes are defined for it only"
-            )
-        renamed.append(replace(sample, class_name=CIFAR100[sample.class_name]))
-    return renamed
+    if (other := next((s.class_name for s in samples if s.class_name not in CIFAR100), None)) is not None:
+        raise ConfigError(f"{other!r} is not a class of CIFAR-100; super-classes are defined for it only")
+    return [replace(s, class_name=CIFAR100[s.class_name]) for s in samples]
 
 
 def class_order(classes: Iterable[str]) -> list[str]:

@@ -114,12 +114,12 @@ def parquet_columns(path: Path | str, file: Any = None) -> dict[str, str]:
         return {field.name: str(field.type) for field in pq.read_schema(file or path)}
 
 
-def parquet_table(path: Path, columns: Sequence[str]) -> Any:
+def parquet_table(path: Path, columns: list[str]) -> Any:
     """Columns of a Parquet file as an Arrow table."""
     with _parquet_errors(path):
         import pyarrow.parquet as pq
 
-        return pq.read_table(path, columns=list(columns))
+        return pq.read_table(path, columns=columns)
 
 
 @contextmanager
