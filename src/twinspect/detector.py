@@ -225,8 +225,10 @@ class Detector:
             )
         single, live = is_single(source), None if stream else False
         answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
-        if stream or single:
-            return answers if stream else next(answers)
+        if stream:
+            return answers
+        if single:
+            return next(answers)
         results = Results()
         for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
@@ -254,8 +256,7 @@ class Detector:
         from twinspect.inference.predictor import Predictor, TorchRuntime
 
         if self._predictor is None:
-            fitted = self.fitted
-            self._predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
+            self._predictor = Predictor(TorchRuntime(self.fitted.model), self.fitted.decision)
         return self._predictor
 
     def save(self, path: str | Path) -> Path:
