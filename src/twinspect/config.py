@@ -99,8 +99,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 
 def of_effort(name: str) -> dict[str, dict[str, Any]]:
     """Settings of a position of the dial."""
-    if name not in EFFORTS:
-        raise ConfigError(unknown_name("effort", name, EFFORTS))
+    _check(name in EFFORTS, unknown_name("effort", name, EFFORTS))
     return EFFORTS[name]
 
 
@@ -329,8 +328,7 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Build from a nested dict; unknown keys are refused with the nearest accepted name."""
         for key in values:
-            if key not in ("model", "train"):
-                raise ConfigError(unknown_name("section", key, ("model", "train")))
+            _check(key in ("model", "train"), unknown_name("section", key, ("model", "train")))
         return cls(_build(ModelConfig, values.get("model", {})), _build(TrainConfig, values.get("train", {})))
 
     @classmethod
