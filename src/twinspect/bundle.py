@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinspect import files
 from twinspect._version import __version__
@@ -33,8 +32,6 @@ from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version,
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from twinspect.models.contract import AnomalyModel
     from twinspect.training.normal import GoodImages
 
@@ -54,8 +51,7 @@ _MAKE_KEY = {
 _MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like that
 
 
-@dataclass(frozen=True, slots=True)
-class BundleContent:
+class BundleContent(NamedTuple):
     """What a bundle holds."""
 
     meta: dict[str, Any]  # plain JSON values
@@ -94,10 +90,7 @@ def keep_old(path: Path) -> str:
         return ""
     backup = path.with_name(f"{path.name}.bak")
     backup.unlink(missing_ok=True)
-    try:
-        os.link(path, backup)  # at no cost, and the model never lacks its name
-    except OSError:  # a file system without links
-        shutil.copy2(path, backup)
+    shutil.copy2(path, backup)
     return f"kept the model that was there as {backup} (--force keeps none)"
 
 
@@ -208,7 +201,7 @@ class Fitted:
     model: AnomalyModel
     decision: Decision
     config: RunConfig
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
     skipped: list[Skipped] = field(default_factory=list)
     good: GoodImages | None = None  # of a model that was just trained
     memory: bytes = b""  # what further images can be added to; see `training.outcome`
@@ -237,45 +230,34 @@ def save(fitted: Fitted, path: Path) -> Path:
 def load(path: Path) -> Fitted:
     """Read a bundle back; a BundleError where it is damaged."""
     from safetensors import SafetensorError
-
-    content = read_bundle(path)
-    try:
-        return _rebuild(content, path)
-    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
-        raise BundleError(f"{path}: its parts do not fit together ({str(error)[:300]})") from None
-
-
-def _rebuild(content: BundleContent, path: Path) -> Fitted:
     from safetensors.torch import load as from_bytes
 
     from twinspect.models.contract import build_model
     from twinspect.models.teachers import create_teacher
 
-    meta = content.meta
-    config, record = RunConfig.from_dict(meta["config"]), meta["record"]
-    tensors = from_bytes(content.tensors)
-    model = build_model(config.model, create_teacher(record["teacher"]["name"], pretrained=False))
-    model.roi_SS = tensors.get("roi_SS")
-    _resize_buffers(model, tensors)
-    model.load_state_dict(tensors)
-    model.eval()
-    model.teacher.weights = record["teacher"]["weights"]
-    decision = Decision.from_dict(meta["decision"], str(path))
+    meta, parts, memory = read_bundle(path)
+    try:
+        config, record = RunConfig.from_dict(meta["config"]), meta["record"]
+        tensors = from_bytes(parts)
+        model = build_model(config.model, create_teacher(record["teacher"]["name"], pretrained=False))
+        model.roi_SS = tensors.get("roi_SS")
+        for name, buffer in list(model.named_buffers()):
+            stored = tensors.get(name, buffer)
+            if stored.shape != buffer.shape:  # its number of clusters is learnt
+                owner, _, last = name.rpartition(".")
+                model.get_submodule(owner).register_buffer(last, stored.new_empty(stored.shape))
+        model.load_state_dict(tensors)
+        model.eval()
+        model.teacher.weights = record["teacher"]["weights"]
+        decision = Decision.from_dict(meta["decision"], str(path))
+    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
+        raise BundleError(f"{path}: its parts do not fit together ({str(error)[:300]})") from None
     if decision.model_id != (id_of_model := model_id(model)):
         raise BundleError(
             f"{path}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one is "
             f"{id_of_model}); scores of two models cannot be compared. Type: twinspect calibrate MODEL GOOD"
         )
-    return Fitted(model, decision, config, record, memory=content.memory)
-
-
-def _resize_buffers(model: AnomalyModel, tensors: Mapping[str, Tensor]) -> None:
-    """Give statistics buffers the sizes of the stored ones: their number of clusters is learnt."""
-    for name, buffer in list(model.named_buffers()):
-        stored = tensors.get(name)
-        if stored is not None and stored.shape != buffer.shape:
-            owner, _, buffer_name = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(buffer_name, stored.new_empty(stored.shape))
+    return Fitted(model, decision, config, record, memory=memory)
 
 
 def signature_file(path: Path) -> Path:
@@ -312,15 +294,14 @@ def verify(path: Path, key_file: Path) -> None:
 def verified(path: Path, key_file: Path) -> Iterator[Path]:
     """A copy of a model that nobody else can write: what is opened is what was verified. Raises as `verify`."""
     with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder) / path.name
         try:
             for part in {path, signature_file(path), *files_of(path)}:
                 if part == path or part.is_file():
-                    shutil.copyfile(part, Path(folder) / part.name)
+                    shutil.copyfile(part, copy.with_name(part.name))
+            verify(copy, key_file)
         except OSError as error:
             raise BundleError(f"{path}: cannot be copied to be verified ({error.strerror or error})") from None
-        copy = Path(folder) / path.name
-        try:
-            verify(copy, key_file)
         except BundleError as error:
             raise BundleError(str(error).replace(str(copy), str(path))) from None
         yield copy

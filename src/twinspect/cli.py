@@ -75,12 +75,11 @@ class Command:
             hint, default = hint | None, None
         text = option.metadata["help"]
         if option.metadata.get("argument"):
-            return _keyword(
-                option.name, default, Annotated[hint, typer.Argument(help=text, metavar=option.name.upper())]
-            )
-        flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
-        flags = ["-o", *flags] if "--out" in flags else flags
-        info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
+            info = typer.Argument(help=text, metavar=option.name.upper())
+        else:
+            flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
+            flags = ["-o", *flags] if "--out" in flags else flags
+            info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
         return _keyword(option.name, default, Annotated[hint, info])
 
 
@@ -147,7 +146,6 @@ class _InOrder(TyperGroup):
 
 app = typer.Typer(
     name="twinspect",
-    help="Generalist visual anomaly detection: one model, many classes, good images only.",
     no_args_is_help=True,
     cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -174,13 +172,12 @@ def _say_version(value: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[
-    bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
-]
-
-
 @app.callback()
-def main(version: Version = False) -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Generalist visual anomaly detection: one model, many classes, good images only."""
     from twinspect.console import plain_streams
     from twinspect.device import share_cores

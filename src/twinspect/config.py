@@ -98,9 +98,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def of_effort(name: str) -> dict[str, dict[str, Any]]:
-    """Settings of a position of the dial; what is given beside it wins."""
-    if name not in EFFORTS:
-        raise ConfigError(unknown_name("effort", name, EFFORTS))
+    """Settings of a position of the dial."""
+    _check(name in EFFORTS, unknown_name("effort", name, EFFORTS))
     return EFFORTS[name]
 
 
@@ -118,19 +117,18 @@ class Family:
 
 
 _SNL = "twinspect.models.snl"
-_SNL_SETTINGS = (
-    "direction", "terms", "cram", "cram_place", "affinity_side", "affinity_map",
-)  # fmt: skip
-_SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
 _FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "cram_place": "bottleneck", "scoring": "plain"}
 FAMILIES: dict[str, Family] = {
     "dual": Family("twinspect.models.dual", "two students, local and semantic", settings=("recentre", "ee_tokens")),
-    "snl": Family(_SNL, "structural", 256, _SNL_SETTINGS, _SNL_PRESET),
+    "snl": Family(
+        _SNL, "structural", 256, ("direction", "terms", "cram", "cram_place", "affinity_side", "affinity_map"),
+        {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32},
+    ),
     "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
     "fd": Family(
         _SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward", "cram_place": "stages"}
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +194,15 @@ class ModelConfig:
         check_options(self)
         tiles_of(self.tiles)
         self._refuse_others_settings()
-        if "terms" in FAMILIES[self.model].preset:
-            self._check_structure()
+        if self.terms:
+            self.weights_of_terms()
+        _check(self.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
+        _check(
+            not self.affinity_map or self.scores() != "published",
+            "affinity_map: the map of scoring published has none; type scoring = plain",
+        )
+        if self.cram and (self.direction or FAMILIES[self.model].preset.get("direction")) == "forward":
+            _check(self.cram_place != "bottleneck", "cram_place bottleneck: a forward student has none; type stages")
 
     def scores(self) -> str:
         """The scoring that is meant."""
@@ -207,15 +212,14 @@ class ModelConfig:
         """The same settings with the presets of a structural family filled in; see `twinspect.models.snl`."""
         preset = FAMILIES[self.model].preset
         direction = self.direction or preset["direction"]
-        meant: dict[str, Any] = {
-            "direction": direction,
-            "terms": self.terms or preset["terms"],
-            "cram": preset["cram"] if self.cram < 0 else self.cram,
-            "cram_place": self.cram_place or ("stages" if direction == "forward" else "bottleneck"),
-            "scoring": self.scores(),
-        }
-        filled = all(getattr(self, name) == value for name, value in meant.items())
-        return self if filled else dataclasses.replace(self, **meant)
+        return dataclasses.replace(
+            self,
+            direction=direction,
+            terms=self.terms or preset["terms"],
+            cram=preset["cram"] if self.cram < 0 else self.cram,
+            cram_place=self.cram_place or ("stages" if direction == "forward" else "bottleneck"),
+            scoring=self.scores(),
+        )
 
     def weights_of_terms(self) -> dict[str, float]:
         """Loss terms with their weights, from a list such as ``spatial,intra:0.1``."""
@@ -240,17 +244,6 @@ class ModelConfig:
                 owner = next(key for key, row in FAMILIES.items() if name in row.settings)
                 fixed = f"; {self.model} has {name} {family.preset[name]}" if name in family.preset else ""
                 raise ConfigError(f"{name}: for --model {owner} only, not {self.model}{fixed}")
-
-    def _check_structure(self) -> None:
-        meant = self.structure()
-        meant.weights_of_terms()
-        _check(meant.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
-        _check(
-            not self.affinity_map or meant.scoring != "published",
-            "affinity_map: the map of scoring published has none; type scoring = plain",
-        )
-        if meant.cram and meant.direction == "forward":
-            _check(meant.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 
 
 def tiles_of(text: str) -> tuple[int, int]:
@@ -335,8 +328,7 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Build from a nested dict; unknown keys are refused with the nearest accepted name."""
         for key in values:
-            if key not in ("model", "train"):
-                raise ConfigError(unknown_name("section", key, ("model", "train")))
+            _check(key in ("model", "train"), unknown_name("section", key, ("model", "train")))
         return cls(_build(ModelConfig, values.get("model", {})), _build(TrainConfig, values.get("train", {})))
 
     @classmethod

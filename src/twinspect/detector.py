@@ -225,8 +225,10 @@ class Detector:
             )
         single, live = is_single(source), None if stream else False
         answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
-        if stream or single:
-            return answers if stream else next(answers)
+        if stream:
+            return answers
+        if single:
+            return next(answers)
         results = Results()
         for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
@@ -254,8 +256,7 @@ class Detector:
         from twinspect.inference.predictor import Predictor, TorchRuntime
 
         if self._predictor is None:
-            fitted = self.fitted
-            self._predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
+            self._predictor = Predictor(TorchRuntime(self.fitted.model), self.fitted.decision)
         return self._predictor
 
     def save(self, path: str | Path) -> Path:
@@ -355,23 +356,21 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
         DataError: nothing found, or an encoded image in memory that cannot be read.
         ImageError: an array of a wrong kind.
     """
-    from twinspect import data as data_room
+    from twinspect.data import load
     from twinspect.data.folders import good_files
-    from twinspect.inference.decode import Decoding, decode, expand, from_bgr, is_array
+    from twinspect.inference.decode import Decoding, as_item, decode, expand, from_bgr, is_array
 
-    if isinstance(data, (str, os.PathLike)) and (os.path.exists(data) or not has_magic(os.fspath(data))):
-        return list(data_room.load(Path(data)).samples)
-    several = isinstance(data, Iterable) and not isinstance(data, (str, os.PathLike)) and not is_array(data)
+    named = isinstance(data, (str, os.PathLike))
+    if named and (os.path.exists(data) or not has_magic(os.fspath(data))):
+        return list(load(Path(data)).samples)
     samples: list[Sample] = []
-    for part in data if several else [data]:
+    for part in data if isinstance(data, Iterable) and not named and not is_array(data) else [data]:
         if isinstance(part, Sample):
             samples.append(part)
             continue
-        if isinstance(part, (str, os.PathLike)) and not (has_magic(os.fspath(part)) or os.path.isdir(part)):
-            samples += good_files([Path(part)])
-            continue
+        one_file = isinstance(part, (str, os.PathLike)) and not (has_magic(os.fspath(part)) or os.path.isdir(part))
         try:
-            items = [from_bgr(item) if bgr else item for item in expand(part)]
+            items = [from_bgr(item) if bgr else item for item in ([as_item(part)] if one_file else expand(part))]
         except ImageError as error:
             raise ConfigError(
                 f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"

@@ -92,17 +92,14 @@ def in_fp32(device: str) -> Iterator[None]:
     Convolutions there round to ten bits (TF32) unless told not to; caches would then differ between devices, and
     thresholds would be those of other features than a CPU sees.
     """
-    import torch
+    from torch.backends import cudnn
 
-    if not device.startswith("cuda"):
-        yield
-        return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = before and not device.startswith("cuda")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32 = before
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

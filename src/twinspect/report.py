@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from twinspect.inference.result import Result, colourise
 
 THUMB = 224  # longest side in pixels of a picture, when there are few
 MOST_CHARTS = 12  # classes of a report that get charts
+_WRITER = f"twinspect {__version__}"
 _PICTURE_BYTES = 4_000_000  # base64 characters of all pictures of a report together
 _DOUBLINGS = 6  # of a map's value, from which a colour of the scale begins
 _BINS, _MOST_POINTS = 48, 400
@@ -227,30 +229,18 @@ class _Album:
 
     def addresses(self, case: Case) -> list[str]:
         """Of the image, its overlay and perhaps the third picture; none once the budget is spent."""
-        pictures = (case.image, case.overlay, case.third)
-        encoded = [self._encoded(picture) for picture in pictures if picture is not None]
+        encoded = []
+        for picture in filter(None, (case.image, case.overlay, case.third)):
+            small, data = picture.convert("RGB"), io.BytesIO()
+            small.thumbnail((self.side, self.side))
+            small.save(data, "JPEG", quality=72, optimize=True)
+            encoded.append("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii"))
         size = sum(map(len, encoded))
         if size > self.left:
             self.left_out += 1
             return []
         self.left -= size
         return encoded
-
-    def _encoded(self, picture: Image.Image) -> str:
-        small, data = picture.convert("RGB"), io.BytesIO()
-        small.thumbnail((self.side, self.side))
-        small.save(data, "JPEG", quality=72, optimize=True)
-        return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-
-
-def _kind(part: Part) -> str:
-    return type(part).__name__
-
-
-def _gradient() -> str:
-    """CSS colour stops of the overlay's scale, one for every doubling."""
-    values = np.array([0.0, *(2.0 ** np.arange(-_DOUBLINGS, 1))], dtype=np.float32)
-    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in colourise(values[None], (0.0, 1.0))[0].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -296,7 +286,7 @@ class Report:
 
     def markdown(self) -> str:
         """Facts, paragraphs and tables as GitHub Markdown; charts and pictures are for HTML only."""
-        facts = {"written by": f"twinspect {__version__}", **self.facts}
+        facts = {"written by": _WRITER, **self.facts}
         lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in facts.items())]
         for section in self.sections:
             if section.text or section.tables:
@@ -312,11 +302,14 @@ class Report:
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         page = environment.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
         album = _Album(sum(len(p.cases) for s in self.sections for p in s.parts if isinstance(p, Cases)))
-        return page.render(report=self, kind=_kind, album=album, gradient=_gradient(), made=__version__)
+        doublings = np.array([[0.0, *(2.0 ** np.arange(-_DOUBLINGS, 1))]], dtype=np.float32)
+        stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in colourise(doublings, (0.0, 1.0))[0].tolist())
+        kind = attrgetter("__class__.__name__")
+        return page.render(report=self, kind=kind, album=album, gradient=stops, writer=_WRITER)
 
     def json(self) -> str:
         """The values, in ASCII, which every code page takes."""
-        return json.dumps({**self.values, "written_by": f"twinspect {__version__}"}, indent=1) + "\n"
+        return json.dumps({**self.values, "written_by": _WRITER}, indent=1) + "\n"
 
     def write(self, path: Path) -> Path:
         """Write the file that its ending (of `FORMATS`) asks for, whole or not at all."""
