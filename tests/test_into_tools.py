@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_a_result_is_plain_json(detector: Detector) -> None:
     said = found.to_dict()
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     assert list(said) == [column.name for column in columns()]
-    assert (said["score"], said["regions"]) == (found.score, [one.to_dict() for one in found.regions])
+    assert (said["score"], said["regions"]) == (found.score, [asdict(region) for region in found.regions])
     assert Result("gone", error="gone: no such file").to_dict()["score"] is None
 
 
