@@ -89,8 +89,8 @@ def keep_old(path: Path) -> str:
     if not path.is_file():
         return ""
     backup = path.with_name(f"{path.name}.bak")
-    backup.unlink(missing_ok=True)
-    shutil.copy2(path, backup)
+    with path.open("rb") as old, files.replacing(backup) as copy:
+        shutil.copyfileobj(old, copy)
     return f"kept the model that was there as {backup} (--force keeps none)"
 
 
