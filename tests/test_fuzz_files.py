@@ -77,7 +77,7 @@ def test_damaged_masks_and_counts(tmp_path: Path, name: str, changes: list[hosti
     path.write_bytes(damaged(whole_files()[name], changes))
     assert count_pictures(path) >= 0
     try:
-        mask = read_mask(path, SMALL)
+        mask = read_mask(path)
         assert mask.dtype == np.bool_
         assert mask.ndim == 2
     except ImageError as error:
