@@ -21,7 +21,10 @@ from twinspect.inference.result import Result, columns
 
 
 def test_a_result_is_plain_json(detector: Detector) -> None:
-    found = detector.predict(picture(5))
+    scratched = picture(5)
+    scratched[30:50, 20:60] = (255, 0, 0)
+    found = detector.predict(scratched)
+    assert found.regions
     said = found.to_dict()
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     assert list(said) == [column.name for column in columns()]

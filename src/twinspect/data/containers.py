@@ -137,9 +137,8 @@ class _StandIn:
         """The bytes as an array; only C- or Fortran-ordered unsigned bytes are accepted."""
         match self.state:
             case (int(), tuple() as shape, _StandIn(arguments=(code, *_)), bool() | int() as fortran, bytes() as raw):
-                whole = all(type(n) is int and n >= 0 for n in shape) and int(np.prod(shape, dtype=object)) == len(
-                    raw
-                )
+                counts = all(type(n) is int and n >= 0 for n in shape)
+                whole = counts and int(np.prod(shape, dtype=object)) == len(raw)
                 if whole and _text(code) in ("u1", "|u1"):
                     return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
         raise DataError(f"{path}: its array is not of unsigned bytes, or is cut short; copy it again from its source")

@@ -438,16 +438,10 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
         log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
     rows = []
-    for address_parts, (where, entry) in zip(addresses, lines, strict=True):
-        label = _lookout_label(entry, where)
+    for names, (where, entry) in zip(addresses, lines, strict=True):
+        label, image = _lookout_label(entry, where), "/".join(names[dropped:]) or "."
         split = meaning(path.stem).split or (TEST if label else TRAIN)
-        row = {
-            "image": "/".join(address_parts[dropped:]) or ".",
-            "split": split,
-            "label": label,
-            "defect_type": "anomaly",
-        }
-        rows.append((where, row))
+        rows.append((where, {"image": image, "split": split, "label": label, "defect_type": "anomaly"}))
     return read_rows(path, rows, log, base)
 
 

@@ -148,7 +148,7 @@ class Place(NamedTuple):
 
     @property
     def split(self) -> str:
-        """The split that the outermost folder names that names one, or nothing."""
+        """The split that a folder above the image names, the outermost first; empty if none does."""
         return next((split for name in self.folders if (split := meaning(name).split)), "")
 
 
