@@ -106,6 +106,18 @@ def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.backends.cudnn.allow_tf32 is before
 
 
+def test_a_cpu_run_leaves_a_callers_own_flags_of_cudnn_alone() -> None:
+    code = (
+        "import torch\n"
+        "from twinspect.device import in_fp32\n"
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
+        "torch.backends.cudnn.rnn.fp32_precision = 'tf32'\n"
+        "with in_fp32('cpu'): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "teacher"), [("dual", RANDOM), ("snl", RANDOM_CNN)])
 def test_nothing_is_left_on_another_device(model: str, teacher: str, parts: Path, tmp_path: Path) -> None:

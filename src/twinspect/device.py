@@ -92,14 +92,17 @@ def in_fp32(device: str) -> Iterator[None]:
     Convolutions there round to ten bits (TF32) unless told not to; caches would then differ between devices, and
     thresholds would be those of other features than a CPU sees.
     """
-    from torch.backends import cudnn
+    import torch
 
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = before and not device.startswith("cuda")
+    if not device.startswith("cuda"):  # where the flag does not matter; reading it raises if a caller set it by layer
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
