@@ -36,12 +36,15 @@ def onnx_file(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) -> None:
+def test_bench_says_a_table_or_one_line_of_json(quick, parts: Path, tmp_path: Path) -> None:
     bundle = quick.save(tmp_path / "m.twin")
     options = ["--batch", "1,2", "--seconds", "0.2", "--images", str(parts)]
     found = CliRunner().invoke(app, ["bench", str(bundle), *options])
     assert found.exit_code == 0, found.output
-    report = json.loads(found.stdout.splitlines()[-1])
+    assert "{" not in found.stdout
+    assert found.stdout.splitlines()[-1].startswith("peak memory of the process")
+    found = CliRunner().invoke(app, ["bench", str(bundle), *options, "--json"])
+    report = json.loads(found.stdout)
     assert [one["batch"] for one in report["batches"]] == [1, 2]
     for one in report["batches"]:
         assert one["images_per_s"] > 0

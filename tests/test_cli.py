@@ -226,8 +226,21 @@ def test_eval_says_first_that_no_good_image_was_tested(bundle: Path, tmp_path: P
     save(tmp_path / "data" / "bad" / "0.png", picture(5))
     sentence = "No good image was tested"
     assert sentence in ok("eval", bundle, tmp_path / "data").stdout
+    assert sentence in ok("compare", bundle, bundle, tmp_path / "data").stdout
     save(tmp_path / "data" / "good" / "0.png", picture(900))  # not learnt
     assert sentence not in ok("eval", bundle, tmp_path / "data").stdout
+
+
+def test_predict_says_where_pictures_lie_and_which_folder_is_made(bundle: Path, tmp_path: Path) -> None:
+    save(tmp_path / "new" / "0.png", picture(5))
+    table, pictures = tmp_path / "none" / "x.csv", tmp_path / "pictures"
+    found = ok("predict", bundle, tmp_path / "new", "--out", table, "--overlays", pictures)
+    assert f"the folder {table.parent} is not there; it is made" in found.stderr
+    assert found.stdout.splitlines()[-1] == f"overlays: {pictures}"
+
+
+def test_a_wrong_command_line_is_answered_with_the_example() -> None:
+    assert "Example: twinspect fit data/ -o model.twin" in failed("fit", "a", "b")
 
 
 def test_eval_names_a_class_that_the_model_does_not_know(bundle: Path, tmp_path: Path) -> None:

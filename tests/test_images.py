@@ -324,7 +324,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
         read_rgb(empty)
     text = tmp_path / "text.png"
     text.write_text("hello")
-    with pytest.raises(ImageError, match=r"text\.png: not an image that can be read; accepted: apng, avif, "):
+    with pytest.raises(ImageError, match=r"text\.png: not an image that can be read; accepted: PNG, JPEG, TIFF, "):
         read_rgb(text)
     with pytest.raises(ImageError, match=r"none\.png: cannot be opened \(No such file or directory\)"):
         read_rgb(tmp_path / "none.png")

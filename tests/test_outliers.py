@@ -76,8 +76,8 @@ def test_images_that_score_apart_are_said_to_with_what_to_type() -> None:
     normal = np.random.default_rng(0).exponential(1.0, 40)
     (note,) = odd_notes(*of_scores(torch.tensor([*normal, 30.0, 33.0])))
     assert note == (
-        "class a: 2 of 42 good images score far above the others (the threshold lies above them): 41.png (33.0), "
-        "40.png (30.0). Leave out what is bad (--drop-outliers 2)"
+        "class a: 2 of 42 good images score far above the others (the threshold lies above them): 41.png (33.0000), "
+        "40.png (30.0000). Leave out what is bad (--drop-outliers 2)"
     )
     assert odd_notes(*of_scores(torch.tensor(normal))) == []
 
@@ -86,7 +86,7 @@ def test_one_image_that_sets_the_threshold_of_a_small_set_is_named() -> None:
     normal = torch.tensor([1.0, 1.2, 1.5, 1.9, 2.0, 2.2, 2.9, 3.1, 3.5])
     samples, good, decision = of_scores(torch.cat([normal, torch.tensor([42.0])]))
     (note,) = odd_notes(samples, good, decision)
-    assert "1 of 10 good images scores far above the others (the threshold lies above it): 9.png (42.0)" in note
+    assert "1 of 10 good images scores far above the others (the threshold lies above it): 9.png (42.0000)" in note
     by_hand = replace(decision, fixed={"a": Threshold(5.0, 0.02, False, "set by hand")})
     (note,) = odd_notes(samples, good, by_hand)
     assert "threshold" not in note

@@ -103,7 +103,7 @@ def test_order_and_scores_do_not_depend_on_batch_or_threads(
 
 
 def test_nothing_found_says_what_was_looked_for(quick: Detector, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no image files in .* \(looked for .*\.bmp, "):
+    with pytest.raises(DataError, match=r"no image files in .* \(looked for PNG, JPEG, "):
         quick.predict(tmp_path)
     for source in (tmp_path / "none.png", f"{tmp_path}/*.png", [str(tmp_path / "none.png")]):
         with pytest.raises(DataError, match="nothing found at .*: give an image, a folder, or a quoted glob"):

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from twinspect.commands import options as of
 from twinspect.config import ModelConfig, TrainConfig, check_options, flag_of
@@ -51,7 +51,7 @@ class Command:
 
         run.__signature__ = inspect.Signature(list(self._parameters()))  # type: ignore[attr-defined]
         example = f"\b\nExample:\n  twinspect {self.name} {self.example}".rstrip()
-        app.command(self.name.split()[-1], help=self.options.__doc__, epilog=example)(run)
+        app.command(self.name.split()[-1], cls=_WithExample, help=self.options.__doc__, epilog=example)(run)
 
     def _parameters(self) -> Iterator[inspect.Parameter]:
         for kind in (self.options, *self.settings):
@@ -81,6 +81,14 @@ class Command:
             flags = ["-o", *flags] if "--out" in flags else flags
             info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
         return _keyword(option.name, default, Annotated[hint, info])
+
+
+class _WithExample(TyperCommand):
+    """Shows its example also above an error in what was typed."""
+
+    def get_usage(self, ctx: Any) -> str:
+        """The first lines of such an error."""
+        return f"{super().get_usage(ctx)}\n{self.epilog}".replace("\b\nExample:\n  ", "Example: ")
 
 
 def _keyword(name: str, default: Any, hint: Any) -> inspect.Parameter:

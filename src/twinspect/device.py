@@ -34,12 +34,6 @@ def share_cores() -> None:
         os.environ[_THREADS[0]] = str(granted_threads())
 
 
-def waiting() -> str:
-    """How the threads of torch share the cores, in words."""
-    settings = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
-    return settings or "by the defaults of OpenMP, as torch was imported before twinspect"
-
-
 def usable_cores() -> int:
     """Cores that this process may use: a container often has fewer than the machine."""
     try:

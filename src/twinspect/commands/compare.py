@@ -21,6 +21,7 @@ from twinspect.commands.evaluate import (
     remarks,
     test_facts,
     unknown_classes,
+    untested,
 )
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
@@ -65,7 +66,7 @@ def compare(options: CompareOptions, console: Console) -> None:
     if not first + second:
         words = f"Both models give the same answer to all {values['images']} images."
     sections = [
-        Section("Comparison", (), tuple(tables(values))),
+        Section("Comparison", untested(values["first"]["decisions"]), tuple(tables(values))),
         Section("Decisions that differ", (words,)),
         Section("Images that they differ on", (), (_listed(values["differ"]),), printed=False),
     ]

@@ -114,7 +114,7 @@ def sign(options: SignOptions, console: Console) -> None:
 
 
 def bench(options: BenchOptions, console: Console) -> None:
-    """Measure a model on this machine: a table for people, one line of JSON at the end."""
+    """Measure a model on this machine: a table for people, or one line of JSON."""
     batches = parse_batches(options.batch)
     predictor = load_predictor(options.model, options.threads, 1)
     files, images = _files(options.images)
@@ -136,7 +136,8 @@ def bench(options: BenchOptions, console: Console) -> None:
         "model": options.model.name, "runtime": runtime, "size": size,
         "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
     }  # fmt: skip
-    console.result(json.dumps(values))
+    if options.as_json:
+        console.result(json.dumps(values))
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

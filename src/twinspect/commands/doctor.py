@@ -12,7 +12,7 @@ import torch
 from twinspect._version import __version__
 from twinspect.commands.options import DoctorOptions, FetchOptions
 from twinspect.console import Console
-from twinspect.device import usable_cores, waiting
+from twinspect.device import usable_cores
 from twinspect.errors import TwinspectError
 from twinspect.models import weights
 from twinspect.report import Table
@@ -68,8 +68,7 @@ def _extras() -> Iterator[str]:
 
 
 def _machine(problems: list[str]) -> Iterator[str]:
-    yield f"processor: {usable_cores()} cores"
-    yield f"how torch's threads share the cores: {waiting()}"
+    yield f"processor: {usable_cores()} cores; threads of torch: {torch.get_num_threads()}"
     if not torch.cuda.device_count():
         build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
         yield f"CUDA: none ({build}); everything runs on the processor"

@@ -61,6 +61,8 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     measured = measure(predictor, split, console)
     review = Review(measured.rows)
     values = {**measured.values, "other_thresholds": review.other_thresholds()}
+    if not detector.record_["training"]["steps"]:  # it has no students
+        values["students"] = values["student_defects"] = {}
     values["cautions"] = cautions(values, predictor.decision)
     values["config"] = {
         "bundle": options.model.name, "data": options.data.name, "layout": loaded.layout,
@@ -352,12 +354,7 @@ def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
 
 def sections(values: Mapping[str, Any], review: Review, again: Again | None) -> list[Section]:
     """Decisions, other thresholds, pictures, metrics, and what else to know; see `Review.sections`."""
-    lines, untested = remarks(values), list[str]()
-    if values["decisions"] and not any(row.get("good") for row in values["decisions"].values()):
-        untested = [
-            "No good image was tested, so nothing is known of false alarms. Images that the model learnt do not "
-            "count: give a folder that also has good images which were not learnt."
-        ]
+    lines = remarks(values)
     rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
     if len(rows) > 1:
         rows["mean"] = {**values["mean"], **values["decisions_mean"]}
@@ -365,11 +362,21 @@ def sections(values: Mapping[str, Any], review: Review, again: Again | None) -> 
     shown = [{"class": name, "image AUROC": row.get("image_auroc"), **calls(row)} for name, row in rows.items()]
     decisions = (Table.of("decisions at the thresholds in use", shown, note),) if shown else ()
     return [
-        Section("Decisions", tuple(untested), decisions),
+        Section("Decisions", untested(values["decisions"]), decisions),
         *review.sections(again),
         Section("Metrics", (), tuple(metric_tables(values))),
         *([Section("Remarks", tuple(lines), printed=False)] if lines else []),
     ]
+
+
+def untested(decisions: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+    """A sentence where images were scored and none of them is good."""
+    if not decisions or any(row["good"] for row in decisions.values()):
+        return ()
+    return (
+        "No good image was tested, so nothing is known of false alarms. Images that the model learnt do not count: "
+        "give a folder that also has good images which were not learnt.",
+    )
 
 
 def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
@@ -389,7 +396,8 @@ def metric_tables(values: Mapping[str, Any]) -> Iterator[Table]:
     if values["mean"]:  # undefined with one label only, which a remark says
         students = {f"{name} alone": row for name, row in values["students"].items()}
         yield Table.of("metrics", results.metric_rows({**values["classes"], "mean": values["mean"]}))
-        yield Table.of("mean of each student alone", results.metric_rows(students, "score"))
+        if students:
+            yield Table.of("mean of each student alone", results.metric_rows(students, "score"))
     yield from defect_tables(values)
 
 

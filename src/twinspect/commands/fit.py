@@ -64,6 +64,7 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
             "folder with TWINSPECT_HOME"
         )
+    roi = read_roi(options.roi) if options.roi is not None else None
     loaded = read_data(options.data, options.layout, options.images, console)
     split = find_split(loaded.samples, options.split, config.train.seed) if options.split else None
     if split is not None:
@@ -71,7 +72,6 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    roi = read_roi(options.roi) if options.roi is not None else None
     fitted = train(samples, config, folder, console.progress, before, options.forget, roi)
     if split is not None:
         fitted.record["split"] = {"name": split.name, "hash": split.hash}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.bundle import is_export, read_meta
-from twinspect.commands.calibrate import class_values, threshold_table
+from twinspect.commands.calibrate import class_values
 from twinspect.commands.options import InfoOptions
 from twinspect.config import RunConfig
 from twinspect.console import Console
@@ -98,14 +98,17 @@ def _card(
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
     counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)
+    promised = [
+        {
+            "class": name, "unsure from": row["threshold_unsure"], "threshold": row["threshold"],
+            "promise": row["sentence"],
+        }
+        for name, row in thresholds.items()
+    ]  # fmt: skip
     sections = [
         Section("Data", (told, *outlier_lines(record)), (counts,)),
         Section("Settings", (), (_settings(config),)),
-        Section(
-            "Thresholds and what they promise",
-            tuple(f"{name}: {row['sentence']}" for name, row in thresholds.items()),
-            (threshold_table(decision),),
-        ),
+        Section("Thresholds and what they promise", (), (Table.of("Thresholds by class", promised),)),
         Section("Known limits", tuple(_limits(record, decision)), printed=False),
     ]
     return Report(f"Model card: {path.name}", sections, facts, values)
@@ -119,7 +122,7 @@ def _settings(config: dict[str, Any]) -> Table:
         for name, value in config[section].items()
         if name in ("steps", "batch", "seed") or value != default[section].get(name)
     )
-    note = "Every other setting has its default; `twinspect info MODEL --json -` lists them all."
+    note = "Every other setting has its default; `twinspect info MODEL --json` lists them all."
     return Table("Settings of the training run", ("setting", "value"), rows, note)
 
 
@@ -127,7 +130,7 @@ def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
     """The training images that are least like the others, and those that were left out for it."""
 
     def named(rows: list[dict[str, Any]]) -> str:
-        return ", ".join(f"{row['path']} ({row['score']:.1f})" for row in rows)
+        return ", ".join(f"{row['path']} ({row['score']:.4f})" for row in rows)
 
     if dropped := record.get("dropped"):
         yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"

@@ -99,13 +99,14 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure images per second, latency and memory. The last line is JSON."""
+    """Measure images per second, latency and memory."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
     batch: str = option("Images per call, separated by commas.", "1,16")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     images: Path | None = option("Images to decode; without it made-up JPEGs.", None)
     seconds: float = option("Spent on each batch size.", 10.0, accepts=Range(0.001, 86_400))
+    as_json: bool = option("Print everything as one line of JSON.", False, "--json")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
@@ -10,6 +12,7 @@ from twinspect.errors import ConfigError
 from twinspect.files import is_url
 from twinspect.inference.bulk import run, say_totals
 from twinspect.inference.job import Job
+from twinspect.inference.outputs import places
 
 if TYPE_CHECKING:
     from twinspect.commands.results import Review
@@ -26,8 +29,11 @@ def predict(job: Job, console: Console) -> None:
         if job.share[1] > 1 or is_url(job.out):
             raise ConfigError("--report reads the whole table: give --out on this disk, and no --shard")
         review = Review()
+    if job.keeps_parts and not is_url(job.out) and not (folder := Path(job.out).parent).exists():
+        console.warn(f"--out {job.out}: the folder {folder} is not there; it is made")
     totals = run(job, console, review.add if review is not None else None)
-    (console.warn if job.prints_rows else console.say)(say_totals(totals, job.out))
+    say = console.warn if job.prints_rows else console.say
+    say(say_totals(totals, job.out), *(f"{option[2:]}: {os.path.dirname(file)}" for option, file in places(job)))
     if review is not None:
         write_reports(job, review, console)
     if totals.nothing_scored:

@@ -53,8 +53,8 @@ def summary(loaded: Loaded) -> Iterator[str]:
         {"class": name, **{key.replace("_", " "): n for key, n in asdict(row).items() if n or key != "test_unknown"}}
         for name, row in counts.items()
     ]
-    plural = "class" if len(rows) == 1 else "classes"
-    title = f"{loaded.layout} at {loaded.root}: {len(loaded.counts)} {plural}, {len(loaded.samples):,} images"
+    plural, ending = "class" if len(rows) == 1 else "classes", "" if len(loaded.samples) == 1 else "s"
+    title = f"{loaded.layout} at {loaded.root}: {len(loaded.counts)} {plural}, {len(loaded.samples):,} image{ending}"
     yield from Table.of(title, rows).lines()
     by_reason: dict[str, list[Path]] = defaultdict(list)
     for path, reason in loaded.skipped:

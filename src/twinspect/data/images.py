@@ -30,6 +30,7 @@ _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave t
 # The file formats of the endings below. Pillow knows dozens more, and some of them start programs (EPS) or are
 # meant for other things than photographs; whatever an upload calls itself, they are refused.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
+ACCEPTED = "PNG, JPEG, TIFF, BMP, WebP, GIF, PPM, JPEG 2000, AVIF"  # for messages
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .pfm .gif .jp2 .j2k .jpx "
     ".avif".split()
@@ -285,7 +286,7 @@ def _unread(raw: bytes) -> str:
         return "a HEIC picture, and HEIC is not read; save it as JPEG or PNG"
     if raw.lstrip()[:1] == b"<":
         return "text (HTML, XML or SVG), and not an image; was a web page saved in place of the image?"
-    return f"not an image that can be read; accepted: {', '.join(sorted(suffix[1:] for suffix in SUFFIXES))}"
+    return f"not an image that can be read; accepted: {ACCEPTED}"
 
 
 def _opened(raw: bytes) -> Image.Image | None:

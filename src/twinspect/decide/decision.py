@@ -179,7 +179,7 @@ def odd_images(class_name: str, score_N: Floats, names: Sequence[str], threshold
     count = f"{len(odd)} of {len(score_N)} good images {'scores' if len(odd) == 1 else 'score'} far above the others"
     above = f" (the threshold lies above {'it' if len(odd) == 1 else 'them'})" if score_N[odd[-1]] < threshold else ""
     return (
-        f"class {class_name}: {count}{above}: {listed([f'{names[i]} ({score_N[i]:.1f})' for i in odd])}",
+        f"class {class_name}: {count}{above}: {listed([f'{names[i]} ({score_N[i]:.4f})' for i in odd])}",
         odd.tolist(),
     )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import files
-from twinspect.data.images import is_image
+from twinspect.data.images import ACCEPTED, is_image
 from twinspect.data.manifest import path_column, record_number
 from twinspect.data.scan import inside, is_hidden
 from twinspect.data.tables import read_table, table_columns
@@ -72,7 +72,7 @@ def _behind(text: str) -> Files:
         lost = f"{name}: gives no more frames; it is opened again every {streams.RETRY_SECONDS:g} s"
         frames = streams.live_frames(text)
         return (Item(f"{name}#{f[0]}", pixels=f[1]) if f is not None else Item(name, error=lost) for f in frames)
-    nothing = _NothingFound(f"no image files in {text} (looked for {streams.suffixes()})")
+    nothing = _NothingFound(f"no image files in {text} (looked for {ACCEPTED})")
     if is_url(text):
         is_folder, state = files.status(text)
         one = Stream(text) if text.lower().endswith(".parquet") else _whole(text, state)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect import files
-from twinspect.data.images import SUFFIXES, ImageLimits, is_image
+from twinspect.data.images import ACCEPTED, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.data.tables import parquet_columns
@@ -94,7 +94,7 @@ class Stream:
             images, kind, nothing = _cells(self.path), "table", "no image in the table"
         else:
             images = _zip_members(self.path) if lower.endswith(".zip") else _tar_members(self.path)
-            kind, nothing = "archive", f"no image in the archive (looked for {suffixes()})"
+            kind, nothing = "archive", f"no image in the archive (looked for {ACCEPTED})"
         try:
             for item in images:
                 count += 1
@@ -108,11 +108,6 @@ class Stream:
         else:
             if not count:
                 yield Item(self.path, error=f"{self.path}: {nothing}")
-
-
-def suffixes() -> str:
-    """Endings of image files, for messages."""
-    return ", ".join(sorted(SUFFIXES))
 
 
 def image_column(path: str) -> tuple[str, bool]:
