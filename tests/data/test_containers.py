@@ -13,10 +13,8 @@ from layouts import Plan, cifar_python, idx, write
 
 from twinspect.data import load
 from twinspect.data.containers import open_container, read_idx, read_record
-from twinspect.data.images import ImageLimits
 from twinspect.errors import DataError
 
-LIMITS = ImageLimits()
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(3)]
 
@@ -31,7 +29,7 @@ def test_our_python2_pickle_is_what_pickle_itself_understands(tmp_path: Path) ->
     container = open_container(tmp_path / "train")
     assert list(container.labels or ()) == [5, 0, 99]
     for index, rgb in enumerate(IMAGES):
-        assert np.array_equal(container.rgb(index, LIMITS), rgb)
+        assert np.array_equal(container.rgb(index), rgb)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -39,7 +37,7 @@ def test_batches_pickled_by_numpy_itself(tmp_path: Path, protocol: int) -> None:
     data = np.stack([rgb.transpose(2, 0, 1).ravel() for rgb in IMAGES])
     path = tmp_path / "data_batch_1"
     path.write_bytes(pickle.dumps({b"data": data, b"labels": [1, 2, 3], b"batch_label": b""}, protocol))
-    assert np.array_equal(open_container(path).rgb(2, LIMITS), IMAGES[2])
+    assert np.array_equal(open_container(path).rgb(2), IMAGES[2])
 
 
 class Evil:
@@ -128,9 +126,9 @@ def test_record_out_of_range_and_changed_file(tmp_path: Path) -> None:
     path = tmp_path / "data_batch_1"
     cifar_python(path, IMAGES, [1, 2, 3], fine=False)
     with pytest.raises(DataError, match="no record 3; the file holds 3"):
-        read_record(path, 3, LIMITS)
+        read_record(path, 3)
     cifar_python(path, IMAGES[::-1][:2], [1, 2], fine=False)
-    assert np.array_equal(read_record(path, 0, LIMITS), IMAGES[2])
+    assert np.array_equal(read_record(path, 0), IMAGES[2])
 
 
 def test_parquet_with_plain_bytes_and_named_labels(tmp_path: Path) -> None:
@@ -145,9 +143,9 @@ def test_parquet_with_plain_bytes_and_named_labels(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert found.layout == "cifar10"
     assert [s.class_name for s in found.samples] == ["cat", "airplane"]
-    assert np.array_equal(read_record(tmp_path / "train-0.parquet", 0, LIMITS), IMAGES[0])
+    assert np.array_equal(read_record(tmp_path / "train-0.parquet", 0), IMAGES[0])
     with pytest.raises(DataError, match="record 1"):
-        read_record(tmp_path / "train-0.parquet", 1, LIMITS)
+        read_record(tmp_path / "train-0.parquet", 1)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 junk")
     with pytest.raises(DataError, match="not a Parquet file"):
         load(tmp_path, "cifar10")

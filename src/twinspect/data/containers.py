@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.data.images import ImageLimits, read_rgb
+from twinspect.data.images import read_rgb
 from twinspect.data.tables import IMAGE_COLUMNS, parquet_columns, parquet_table
 from twinspect.errors import DataError
 
@@ -36,26 +36,26 @@ class Container:
     """A file of images."""
 
     count: int
-    rgb: Callable[[int, ImageLimits], NDArray[np.uint8]]  # H x W x 3 of one record
+    rgb: Callable[[int], NDArray[np.uint8]]  # H x W x 3 of one record
     labels: Sequence[int | str] = ()  # class number or name of each record; empty if the file does not say
 
 
 def _planes(pixels_NCHW: NDArray[np.uint8], labels: Sequence[int | str] = ()) -> Container:
     """Records of raw 8-bit pixels, one or three channels; one channel is repeated."""
 
-    def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+    def rgb(record: int) -> NDArray[np.uint8]:
         planes = np.moveaxis(pixels_NCHW[record], 0, -1)
         return np.ascontiguousarray(np.broadcast_to(planes, (*planes.shape[:2], 3)))
 
     return Container(len(pixels_NCHW), rgb, labels)
 
 
-def read_record(path: Path, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+def read_record(path: Path, record: int) -> NDArray[np.uint8]:
     """RGB of one record of a container file."""
     container = open_container(path)
     if not 0 <= record < container.count:
         raise DataError(f"{path}: no record {record}; the file holds {container.count:,}, counted from 0")
-    return container.rgb(record, limits)
+    return container.rgb(record)
 
 
 def open_container(path: Path) -> Container:
@@ -185,10 +185,10 @@ def _open_parquet(path: Path) -> Container:
     table = parquet_table(path, [name, label] if label else [name])
     images = pc.struct_field(table.column(name), "bytes") if "bytes" in kinds[name] else table.column(name)
 
-    def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+    def rgb(record: int) -> NDArray[np.uint8]:
         raw = images[record].as_py()
         if not isinstance(raw, bytes):
             raise DataError(f"{path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
-        return read_rgb(raw, limits, name=f"{path} record {record}")
+        return read_rgb(raw, name=f"{path} record {record}")
 
     return Container(table.num_rows, rgb, table.column(label).to_pylist() if label else ())

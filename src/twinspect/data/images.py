@@ -14,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from twinspect.errors import ImageError
 
+MOST_PIXELS = 100_000_000  # width times height, checked on the header before any pixel is decoded
+MOST_BYTES = 1 << 30  # longest file that is read into memory at all
+_LEAST_SIDE = 2  # shortest side in pixels that still makes sense to score
 _OPENING = threading.Lock()
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave them; they are clipped
@@ -56,15 +58,6 @@ _GREY_MODES = ("1", "L", "LA", "La")  # of Pillow, with 8 bits or fewer
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What a file may hold before it is refused."""
-
-    max_pixels: int = 100_000_000  # width times height, checked on the header before any pixel is decoded
-    min_side: int = 2  # shortest side in pixels that still makes sense to score
-    max_bytes: int = 1 << 30  # longest file that is read into memory at all
-
-
 def is_image(path: Path | str) -> bool:
     """Whether the name looks like an image and is not a hidden file (``._x.jpg`` from other systems)."""
     name = os.path.basename(path)  # a Path for every string would be most of the time that listing a folder takes
@@ -72,7 +65,7 @@ def is_image(path: Path | str) -> bool:
 
 
 def read_rgb(
-    source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
+    source: Path | bytes, max_pixels: int = MOST_PIXELS, name: str = "", draft_side: int = 0
 ) -> NDArray[np.uint8]:
     """Decode a file or its bytes to an H x W x 3 array of 8-bit RGB.
 
@@ -81,15 +74,15 @@ def read_rgb(
     JPEG be decoded at a half, quarter or eighth of its size as long as the short side stays at least that long.
     An ImageError says what was found instead of an image, and what to do about it.
     """
-    return read_sized_rgb(source, limits, name, draft_side)[0]
+    return read_sized_rgb(source, max_pixels, name, draft_side)[0]
 
 
 def read_sized_rgb(
-    source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
+    source: Path | bytes, max_pixels: int = MOST_PIXELS, name: str = "", draft_side: int = 0
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that."""
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
-    with _picture(source, limits, label) as picture:
+    with _picture(source, label, max_pixels) as picture:
         if not isinstance(picture, Image.Image):
             rgb = _values_to_rgb(picture, label)
             return rgb, (rgb.shape[0], rgb.shape[1])
@@ -110,7 +103,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], bool]:
 
     Raises as `read_rgb`.
     """
-    with _picture(path, ImageLimits(), str(path)) as picture:
+    with _picture(path, str(path)) as picture:
         if not isinstance(picture, Image.Image):
             return (picture.shape[0], picture.shape[1]), picture.ndim == 2
         width, height = picture.size
@@ -118,15 +111,15 @@ def read_header(path: Path) -> tuple[tuple[int, int], bool]:
         return shape, picture.mode in _GREY_MODES or _is_deep(picture)
 
 
-def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
+def pil_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """A PIL image to H x W x 3 RGB, by the same rules as its file; raises as `read_rgb`."""
     label = "PIL image"
-    with _refusals(label, limits):
-        _check_size(image.size, limits, label)
+    with _refusals(label):
+        _check_size(image.size, label)
         return _to_rgb(image, label)
 
 
-def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
+def array_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Pixels in memory to H x W x 3 RGB, by the rules of files: 16 bits by their full range, alpha over black.
 
     ``values`` are H x W, H x W x C or C x H x W, where C is 1 (grey), 3 (RGB) or 4 (RGBA): uint8, uint16, or floats
@@ -135,10 +128,10 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
     layers = values[..., None] if values.ndim == 2 else values
     if layers.ndim == 3 and layers.shape[2] not in _CHANNELS and layers.shape[0] in _CHANNELS:
         layers = np.moveaxis(layers, 0, -1)
-    if layers.ndim != 3 or layers.shape[2] not in _CHANNELS or min(layers.shape[:2]) < limits.min_side:
+    if layers.ndim != 3 or layers.shape[2] not in _CHANNELS or min(layers.shape[:2]) < _LEAST_SIDE:
         raise ImageError(
             f"array of shape {values.shape}; accepted H x W (grey), H x W x C or C x H x W, where C is 1 (grey), "
-            f"3 (RGB) or 4 (RGBA), at least {limits.min_side} pixels per side; a stack of images has four dimensions"
+            f"3 (RGB) or 4 (RGBA), at least {_LEAST_SIDE} pixels per side; a stack of images has four dimensions"
         )
     kind = values.dtype
     if kind not in (np.uint8, np.uint16) and kind.kind != "f":
@@ -169,7 +162,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
 
 def read_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
     """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly."""
-    with _picture(path, ImageLimits(), f"{path}: mask") as picture:
+    with _picture(path, f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
         changes = picture.format in ("JPEG", "MPO", "JPEG2000", "AVIF")
@@ -238,36 +231,36 @@ def count_pictures(path: Path) -> int:
 
 
 @contextmanager
-def _picture(source: Path | bytes, limits: ImageLimits, label: str) -> Iterator[Image.Image | NDArray[Any]]:
+def _picture(source: Path | bytes, label: str, max_pixels: int = MOST_PIXELS) -> Iterator[Image.Image | NDArray[Any]]:
     """A file or its bytes, opened and of an accepted size; a kind of TIFF that Pillow lacks comes as its values."""
-    raw = _file_bytes(source, limits, label) if isinstance(source, Path) else source
+    raw = _file_bytes(source, label) if isinstance(source, Path) else source
     if not raw:
         raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
-    with _refusals(label, limits, raw):
+    with _refusals(label, raw):
         opened = _opened(raw)
         if opened is None:
-            yield _tiff_values(raw, limits, label)
+            yield _tiff_values(raw, label, max_pixels)
             return
         with opened as image:
-            _check_size(image.size, limits, label)
+            _check_size(image.size, label, max_pixels)
             yield image
 
 
-def _file_bytes(path: Path, limits: ImageLimits, label: str) -> bytes:
+def _file_bytes(path: Path, label: str) -> bytes:
     """Content of a plain file; a device or pipe would be read for ever, and a giant would fill the memory."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise ImageError(f"{label}: not a plain file; pipes and devices are not read")
-        if status.st_size > limits.max_bytes:
-            raise ImageError(f"{label}: {status.st_size:,} bytes; files above {limits.max_bytes:,} are not read")
+        if status.st_size > MOST_BYTES:
+            raise ImageError(f"{label}: {status.st_size:,} bytes; files above {MOST_BYTES:,} are not read")
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{label}: cannot be opened ({error.strerror or error})") from None
 
 
 @contextmanager
-def _refusals(label: str, limits: ImageLimits, raw: bytes = b"") -> Iterator[None]:
+def _refusals(label: str, raw: bytes = b"") -> Iterator[None]:
     """What a bad file raises becomes an ImageError that names it: Pillow's plug-ins raise nearly anything."""
     try:
         yield
@@ -276,7 +269,7 @@ def _refusals(label: str, limits: ImageLimits, raw: bytes = b"") -> Iterator[Non
     except UnidentifiedImageError:
         raise ImageError(f"{label}: {_unread(raw)}") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{label}: more than {limits.max_pixels:,} pixels; resize it or cut it into tiles") from None
+        raise ImageError(f"{label}: more than {MOST_PIXELS:,} pixels; resize it or cut it into tiles") from None
     except Exception as error:
         raise ImageError(f"{label}: damaged or truncated image ({error}); copy it again from its source") from None
 
@@ -324,11 +317,11 @@ def _without_notes(raw: bytes, texts_that_turn: bool = True) -> bytes:
     return b"".join(chunks)
 
 
-def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
+def _tiff_values(raw: bytes, label: str, max_pixels: int) -> NDArray[Any]:
     """First page of a TIFF that Pillow lacks (half floats, floats in colour), upright: H x W or H x W x channels."""
     with _tifffile(label).TiffFile(io.BytesIO(raw)) as file:
         page = file.pages[0]
-        _check_size((page.imagewidth, page.imagelength), limits, label)
+        _check_size((page.imagewidth, page.imagelength), label, max_pixels)
         if page.samplesperpixel > 4 or page.axes not in ("YX", "YXS", "SYX"):
             raise ImageError(
                 f"{label}: a TIFF of {page.samplesperpixel} channels and axes {page.axes}; accepted: one picture of "
@@ -369,15 +362,15 @@ def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
     return values[::-1] if orientation in (3, 4, 7, 8) else values
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
+def _check_size(size: tuple[int, int], label: str, max_pixels: int = MOST_PIXELS) -> None:
     width, height = size
-    if width * height > limits.max_pixels:
+    if width * height > max_pixels:
         raise ImageError(
-            f"{label}: {width} x {height} pixels are more than the limit of {limits.max_pixels:,}; "
+            f"{label}: {width} x {height} pixels are more than the limit of {max_pixels:,}; "
             "resize it or cut it into tiles"
         )
-    if min(width, height) < limits.min_side:
-        raise ImageError(f"{label}: {width} x {height} pixels; at least {limits.min_side} per side are needed")
+    if min(width, height) < _LEAST_SIDE:
+        raise ImageError(f"{label}: {width} x {height} pixels; at least {_LEAST_SIDE} per side are needed")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from twinspect.data.containers import read_record
-from twinspect.data.images import ImageLimits, read_mask, read_mask_values, read_rgb
+from twinspect.data.images import MOST_PIXELS, read_mask, read_mask_values, read_rgb
 from twinspect.data.names import GOOD, MASK, meaning, role_of
 from twinspect.data.scan import ScanLog
 from twinspect.data.tables import read_json
@@ -24,7 +24,6 @@ from twinspect.errors import DataError
 from twinspect.files import near_names
 from twinspect.types import Sample
 
-DEFAULT_LIMITS = ImageLimits()
 _SATURATION_FILE = "defects_config.json"
 _SHAPE = 0.02  # relative difference of a mask's and the images' height to width that is put down to rounding
 
@@ -35,7 +34,7 @@ def read_sample_rgb(sample: Sample, draft_side: int = 0) -> NDArray[np.uint8]:
         return sample.pixels
     if sample.record is None:
         return read_rgb(sample.image, draft_side=draft_side)
-    return read_record(sample.image, sample.record, DEFAULT_LIMITS)
+    return read_record(sample.image, sample.record)
 
 
 def has_pixel_truth(sample: Sample) -> bool:
@@ -255,7 +254,7 @@ def _polygons(path: Path) -> NDArray[np.bool_]:
     try:
         given: dict[str, Any] = read_json(path)
         width, height = int(given["imageWidth"]), int(given["imageHeight"])
-        if width * height > DEFAULT_LIMITS.max_pixels:
+        if width * height > MOST_PIXELS:
             raise DataError(f"{path}: {width} x {height} pixels are more than images may have")
         image = Image.new("1", (width, height))
         for shape in given["shapes"]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinspect.data.containers import open_container
-from twinspect.data.images import ImageLimits
 from twinspect.data.names import UNSORTED, key
 from twinspect.data.scan import Folder, ScanLog
 from twinspect.data.tables import IMAGE_COLUMNS, parquet_columns
@@ -165,7 +164,7 @@ def _parquet_set(root: Folder) -> str:
         return "cifar100"
     if "label" not in columns or not (first := open_container(files[0][1])).count:
         return ""
-    return {32: "cifar10", 28: "fashion-mnist"}.get(first.rgb(0, ImageLimits()).shape[0], "")
+    return {32: "cifar10", 28: "fashion-mnist"}.get(first.rgb(0).shape[0], "")
 
 
 def _class_folders(root: Folder) -> list[tuple[str, Folder]]:

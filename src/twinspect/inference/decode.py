@@ -21,9 +21,8 @@ from PIL import Image
 
 from twinspect import files
 from twinspect.data.containers import read_record
-from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb, resize_rgb
+from twinspect.data.images import MOST_BYTES, MOST_PIXELS, array_rgb, pil_rgb, read_sized_rgb, resize_rgb
 from twinspect.data.manifest import path_column
-from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
 from twinspect.inference import job, sources
 from twinspect.inference.streams import Item
@@ -52,7 +51,7 @@ class Decoding(NamedTuple):
     """How images are made ready."""
 
     size: int  # side of the square
-    limits: ImageLimits = DEFAULT_LIMITS
+    max_pixels: int = MOST_PIXELS
     pixels: bool = False  # keep the whole image as well
     tiles: Tiles = (1, 1)  # rows and columns that an image is cut into
 
@@ -135,10 +134,10 @@ def decode(image: Any, how: Decoding) -> Decoded:
     """
     item = as_item(image)
     try:
-        rgb, (height, width) = _pixels(item, how.limits, how.size * max(how.tiles))
+        rgb, (height, width) = _pixels(item, how.max_pixels, how.size * max(how.tiles))
         square = cut(rgb, how.size, how.tiles)
         if how.pixels and rgb.shape[:2] != (height, width):
-            rgb, _ = _pixels(item, how.limits, 0)
+            rgb, _ = _pixels(item, how.max_pixels, 0)
     except DataError as error:
         if is_array(item.pixels):
             raise
@@ -148,26 +147,26 @@ def decode(image: Any, how: Decoding) -> Decoded:
     return Decoded(item.name, "", height, width, square, rgb if how.pixels else None)
 
 
-def _pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+def _pixels(item: Item, max_pixels: int, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
     if item.pixels is not None:
         is_picture = isinstance(item.pixels, Image.Image)
-        rgb = pil_rgb(item.pixels, limits) if is_picture else array_rgb(as_array(item.pixels), limits)
+        rgb = pil_rgb(item.pixels) if is_picture else array_rgb(as_array(item.pixels))
     elif item.record is not None and not item.error:
-        rgb = read_record(Path(item.path), item.record, limits)
+        rgb = read_record(Path(item.path), item.record)
     else:
-        source = Path(item.path) if item.is_file else encoded(item, limits)
-        return read_sized_rgb(source, limits, item.name, draft_side)
+        source = Path(item.path) if item.is_file else encoded(item)
+        return read_sized_rgb(source, max_pixels, item.name, draft_side)
     return rgb, (rgb.shape[0], rgb.shape[1])
 
 
-def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+def encoded(item: Item) -> bytes:
     """Bytes of an image as they are stored; an ImageError where it must not or cannot be read."""
     if item.error:
         raise ImageError(item.error)
     if item.data is not None:
         return item.data
-    return files.read(item.path, limits.max_bytes)
+    return files.read(item.path, MOST_BYTES)
 
 
 # -------------------------------------------------------------------------------------------- what is given in Python

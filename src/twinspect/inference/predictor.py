@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.bundle import EXPORTS, is_export, read_meta
-from twinspect.data.samples import DEFAULT_LIMITS
+from twinspect.data.images import MOST_PIXELS
 from twinspect.decide.decision import Decision
 from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError, required
@@ -71,7 +71,7 @@ class Predictor:
         batch: int = 4,
         workers: int | None = None,
     ) -> None:
-        self.runtime, self.decision, self.batch, self.limits = runtime, decision, batch, DEFAULT_LIMITS
+        self.runtime, self.decision, self.batch, self.max_pixels = runtime, decision, batch, MOST_PIXELS
         self.workers, self.processes = workers or min(4, os.cpu_count() or 1), False
 
     def predict(
@@ -122,7 +122,7 @@ class Predictor:
         return decode.ahead(tagged, self._decoding(pixels), self.workers, self.processes, self.batch)
 
     def _decoding(self, pixels: bool) -> Decoding:
-        return Decoding(self.runtime.size, self.limits, pixels, self.decision.tiles)
+        return Decoding(self.runtime.size, self.max_pixels, pixels, self.decision.tiles)
 
     def score(
         self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None, batch: int = 0

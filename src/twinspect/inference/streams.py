@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect import files
-from twinspect.data.images import ACCEPTED, ImageLimits, is_image
+from twinspect.data.images import ACCEPTED, MOST_BYTES, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.data.tables import parquet_columns
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import cv2
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
-MOST_BYTES = ImageLimits().max_bytes
 _IMAGE_BYTES = ("image", "img", "jpg", "png", "bytes")  # columns of encoded images in other people's tables
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg")
 RETRY_SECONDS = 2.0  # between attempts to open a source that broke off

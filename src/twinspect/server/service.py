@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from twinspect.bundle import signature_file
-from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
@@ -138,7 +137,7 @@ class Served:
         self, name: str, predictor: Predictor, settings: Settings, metrics: Metrics, before: Served | None = None
     ) -> None:
         self.name, self.predictor, self.trouble = name, predictor, ""
-        predictor.limits = ImageLimits(max_pixels=int(settings.max_megapixels * 1e6))
+        predictor.max_pixels = int(settings.max_megapixels * 1e6)
         good = predictor.decision.good
         same = before is not None and before.light.good.to_dict() == good.to_dict()
         self.light: DriftMonitor = before.light if before is not None and same else DriftMonitor(good)
