@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,17 +55,8 @@ MEASURES = tuple(_TITLES)
 _HARDEST = 5  # pictures of each kind in a report
 _HIDDEN = 0.9  # AUROC below which a class is said to hide in another
 
-Pixels = NDArray[np.uint8]
-
-
-class Composite(NamedTuple):
-    """An image made of two classes, in the size of the base image."""
-
-    kind: str  # mixup or cutpaste
-    base: Sample  # whose image it is
-    other: Sample  # what intrudes
-    rgb: Pixels  # H x W x 3
-    mask: NDArray[np.bool_]  # H x W, true where it differs by design: everywhere, or the piece
+Pixels = NDArray[np.uint8]  # H x W x 3
+Mask = NDArray[np.bool_]  # H x W, true in a pasted piece
 
 
 @dataclass(slots=True)
@@ -119,14 +110,14 @@ def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[s
     return chosen
 
 
-def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_]]:
-    """The other image laid over the base, and a mask of everything; both images have the same size."""
+def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> Pixels:
+    """The other image laid over the base, which has the same size."""
     weight = float(rng.uniform(*_WEIGHT))
     mixed = (1 - weight) * base.astype(np.float32) + weight * other.astype(np.float32)
-    return mixed.round().astype(np.uint8), np.ones(base.shape[:2], bool)
+    return mixed.round().astype(np.uint8)
 
 
-def cutpaste(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_]]:
+def cutpaste(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Mask]:
     """A piece of the other image pasted into the base, which has the same size, and its mask.
 
     A piece of background on the same background changes nothing and could be found by nobody, so other places are
@@ -157,18 +148,21 @@ def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[sli
 
 def composites(
     base: Sequence[Sample], other: Sequence[Sample], kind: str, count: int, seed: int
-) -> Iterator[Composite]:
-    """``count`` images of a kind from good images of two classes; the same for the same seed and files."""
+) -> Iterator[tuple[Sample, Pixels, Mask | None]]:
+    """``count`` images of a kind from good images of two classes; the same for the same seed and files.
+
+    Each comes after the sample that it is made from, whose size it has, and before the mask of a pasted piece.
+    """
     words = "|".join((base[0].class_name, other[0].class_name, kind))
     rng = np.random.default_rng([seed, zlib.crc32(words.encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
     for i in range(count):
-        pair = base[first[i % len(base)]], other[second[i % len(other)]]
-        below, above = (read_sample_rgb(sample) for sample in pair)
+        sample = base[first[i % len(base)]]
+        below, above = read_sample_rgb(sample), read_sample_rgb(other[second[i % len(other)]])
         if above.shape != below.shape:
             size = (below.shape[1], below.shape[0])
             above = np.asarray(Image.fromarray(above).resize(size, Image.Resampling.BILINEAR))
-        yield Composite(kind, *pair, *(mixup if kind == MIXUP else cutpaste)(below, above, rng))
+        yield sample, *((mixup(below, above, rng), None) if kind == MIXUP else cutpaste(below, above, rng))
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -195,13 +189,12 @@ def interference(
             evaluator.merge(normal)
             for kind in KINDS:
                 made = list(composites(members, chosen[other], kind, options.count, options.seed))
-                answers = predictor.predict([image.rgb for image in made], maps=True, pixels=pictures)
-                for composite, result in zip(made, answers, strict=True):
-                    result.path = f"{other} in {base} ({kind}), {composite.base.name}"
+                answers = predictor.predict([rgb for _, rgb, _ in made], maps=True, pixels=pictures)
+                for (sample, _, mask), result in zip(made, answers, strict=True):
+                    result.path = f"{other} in {base} ({kind}), {sample.name}"
                     if result.error:
                         raise DataError(f"{result.path}: {result.error}")
-                    # Mixup is everywhere, so its place says nothing.
-                    heat, mask = (result.map, composite.mask) if kind == CUTPASTE else (None, None)
+                    heat = None if mask is None else result.map
                     evaluator.update(result.score, 1, base, kind, heat, mask, name=result.path)
                     easiest = sorted([*diagnosis.passed[kind], result], key=lambda result: result.score)
                     diagnosis.passed[kind] = easiest[:_HARDEST]

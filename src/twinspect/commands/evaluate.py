@@ -17,7 +17,7 @@ from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
-from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
+from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask
 from twinspect.decide.decision import Decision
 from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
@@ -195,8 +195,7 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
         Values ready for JSON: those of `Evaluator.compute` of the joint score; ``students``, the mean image metrics
         of each student alone; ``student_defects``, its image AUROC by class and type of defect; ``decisions`` by
         class, and ``defect_decisions`` also by type, at the thresholds in use (`count_calls`); ``decisions_mean``;
-        ``defects_mean`` (`shared_defects`); ``failed``, images that could not be scored, and ``masks_not_used``,
-        with reasons.
+        ``failed``, images that could not be scored, and ``masks_not_used``, with reasons.
 
     Raises:
         DataError: a score or map that is not finite.
@@ -237,7 +236,6 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
     defects = {name: [call for call in of if call[1]] for name, of in sorted(calls.items())}
     values = {
         **table,
-        "defects_mean": shared_defects(table["defects"]),
         "students": {name: table["mean"] for name, table in alone.items()},
         "student_defects": {name: table["defects"] for name, table in alone.items()},
         "decisions": decisions,
@@ -256,11 +254,10 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     """
     shape = (result.height, result.width)
     names = ", ".join(str(path) for path in sample.masks)
-    if sample.label == 1 and has_saturation(sample):
-        regions = read_regions(sample, shape)
-        mask, marks = None, bool(regions)
-    else:
-        mask, regions = read_sample_mask(sample, shape), None
+    mask, regions = None, read_regions(sample, shape) if sample.label == 1 else None
+    marks = bool(regions)
+    if regions is None:
+        mask = read_sample_mask(sample, shape)
         marks = bool(mask.any())
         if sample.label == 1 and all(edge.all() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
             raise DataError(

@@ -67,32 +67,25 @@ def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_
     return union
 
 
-def has_saturation(sample: Sample) -> bool:
-    """Whether the data set states saturation areas for the sample's masks (MVTec LOCO)."""
-    return any(_saturation_config(path) is not None for path in sample.masks)
-
-
-def read_regions(sample: Sample, shape: tuple[int, int]) -> list[tuple[NDArray[np.bool_], float]]:
+def read_regions(sample: Sample, shape: tuple[int, int]) -> list[tuple[NDArray[np.bool_], float]] | None:
     """One region (H x W) per mask file, and the pixels of it that must be found for full credit in sPRO.
 
     The grey value of a mask names its entry in MVTec LOCO's ``defects_config.json``: an area in pixels, or a part of
-    the region's own area. Without that file a region saturates at its whole area, and sPRO becomes the overlap.
+    the region's own area. None where no such file lies above the masks.
     """
-    regions = []
+    above = (parent / _SATURATION_FILE for path in sample.masks for parent in path.parents[:4])
+    if (config := next(filter(os.path.isfile, above), None)) is None:
+        return None
+    regions, table = [], _saturation_table(config)
     for path in sample.masks:
         mask = _sized_mask(path, shape, sample)
         if not mask.any():
             continue
-        saturation = area = float(mask.sum())
-        if (config := _saturation_config(path)) is not None:
-            values, table = np.unique(read_mask_values(path)[0][mask]), _saturation_table(config)
-            if len(values) != 1 or int(values[0]) not in table:
-                raise DataError(
-                    f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}"
-                )
-            threshold, relative = table[int(values[0])]
-            saturation = min(threshold * area if relative else threshold, area)
-        regions.append((mask, saturation))
+        values, area = np.unique(read_mask_values(path)[0][mask]), float(mask.sum())
+        if len(values) != 1 or int(values[0]) not in table:
+            raise DataError(f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}")
+        threshold, relative = table[int(values[0])]
+        regions.append((mask, min(threshold * area if relative else threshold, area)))
     return regions
 
 
@@ -105,10 +98,6 @@ def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[n
             f"the image {sample.image}{turned}; resize the mask to the image's size with nearest neighbour"
         )
     return mask
-
-
-def _saturation_config(path: Path) -> Path | None:
-    return next((p / _SATURATION_FILE for p in path.parents[:4] if os.path.isfile(p / _SATURATION_FILE)), None)
 
 
 @lru_cache(maxsize=64)
