@@ -405,7 +405,8 @@ def test_only_good_images_give_their_false_alarms_and_no_empty_columns(tmp_path:
 
 
 def test_only_defects_give_what_is_found() -> None:
-    counts = count_calls([("b", 1, True), ("a", 1, False), ("a", 1, True)])
+    rows = [{"true_class": name, "label": 1, "is_anomaly": called} for name, called in (("b", 1), ("a", 0), ("a", 1))]
+    counts = count_calls(rows, "true_class")
     assert counts == {
         "a": {"defects": 2, "found": 1, "good": 0, "false_alarms": 0, "found_rate": 0.5},
         "b": {"defects": 1, "found": 1, "good": 0, "false_alarms": 0, "found_rate": 1.0},

@@ -62,7 +62,7 @@ def everything(cases: int = 2) -> list[Section]:
             (
                 Table("Numbers", ("class", "auroc", "count"), (("a <i>", 0.98765, 12), ("b", 1.0, 3)), "a note"),
                 RocCurve("ROC: x & y", [0, 0, 1], [0, 0.5, 1], (0.25, 0.5)),
-                Histogram("Scores", "score", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
+                Histogram("Scores", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
             ),
         ),
         Section("Two", (), (Cases("Worst", (picture,) * cases, (0.0, 8.0), "note"),)),
@@ -165,7 +165,7 @@ def test_a_file_in_the_way_gives_a_message(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [[], [0.0], [-3.0, -2.0], [0, 0, 0], [1e-9, 2e-9], [1.0, 1e6], [0.1, 0.2, 5e4]])
 def test_histograms_of_odd_values(values: list[float]) -> None:
-    shown = drawn(Histogram("h", "score", {"good": values, "none": []}, threshold=None))
+    shown = drawn(Histogram("h", {"good": values, "none": []}, threshold=None))
     assert "nan" not in shown
     assert "inf" not in shown
     assert [max(row) for row in heights(shown)] == [100.0 if values else 0.0, 0.0]
@@ -173,12 +173,12 @@ def test_histograms_of_odd_values(values: list[float]) -> None:
 
 def test_a_long_tail_shares_the_last_bar_and_good_images_stay_visible() -> None:
     good = np.linspace(1.0, 3.0, 50)
-    shown = drawn(Histogram("h", "score", {"good": good, "bad": [1e4, 2e4]}, 4.0))
+    shown = drawn(Histogram("h", {"good": good, "bad": [1e4, 2e4]}, 4.0))
     assert "the last bar: this and more" in shown
     bars = [[place for place, height in enumerate(row) if height] for row in heights(shown)]
     assert bars[0][-1] - bars[0][0] >= 3
     assert bars[1] == [47]
-    assert "this and more" not in drawn(Histogram("h", "score", {"good": good}, 4.0))
+    assert "this and more" not in drawn(Histogram("h", {"good": good}, 4.0))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-2, 3), (0, 1e-6), (0, 123456)])
@@ -217,7 +217,7 @@ def test_headings_stand_over_their_values_and_a_dash_among_numbers() -> None:
 @pytest.mark.parametrize("value", [0.5, 9.5])
 def test_the_threshold_is_written_inside_the_chart(value: float) -> None:
     """Beyond the last bar its words would leave the picture."""
-    shown = drawn(Histogram("h", "score", {"good": np.linspace(0, 9, 50)}, threshold=value))
+    shown = drawn(Histogram("h", {"good": np.linspace(0, 9, 50)}, threshold=value))
     words = re.search(r'class="threshold" style="left: ([0-9.]+)%"><span( class="left")?>threshold', shown)
     place, side = words.groups()
     assert bool(side) == (float(place) > 50)

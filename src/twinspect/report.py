@@ -112,10 +112,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of groups (at most three) of finite values over one axis, a row each with its own height."""
+    """Counts of groups (at most three) of finite scores over one axis, a row each with its own height."""
 
     title: str
-    label: str  # of the axis
     groups: Mapping[str, ArrayLike]
     threshold: float | None = None  # a vertical line through all of them
 
@@ -149,7 +148,7 @@ class Histogram:
         """What it shows."""
         medians = (f"{n}: median {np.median(v):.3g} of {len(v)}" for n, v in self.values.items() if len(v))
         threshold = "" if self.threshold is None else f" Threshold {self.threshold:.3g}."
-        return f"Histogram of {self.label} by kind. {'; '.join(medians)}.{threshold}"
+        return f"Histogram of score by kind. {'; '.join(medians)}.{threshold}"
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def sections(decision: Decision, left_out: Sequence[dict[str, Any]], notes: Sequ
         note = "What a threshold from the other sessions would do on this one: the promise does not cross days."
         shown.append(Section("Sessions", (), (Table.of("each session left out", left_out, note),)))
     charts = [
-        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
+        Histogram(f"Scores of good images: {name}", {name: decision.good.score[of_class]}, rule.image.value)
         for name, rule in promises(decision)
         if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
     ]
@@ -216,7 +216,7 @@ def drift(options: DriftOptions, console: Console) -> None:
         console.warn(f"{left_out} rows without a score were left out")
     report = monitor.report()
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
-    chart = Histogram("Scores of calibration and of the predictions", "score", groups)
+    chart = Histogram("Scores of calibration and of the predictions", groups)
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
     sections = [Section(heading, (report.message,), (chart,))]

@@ -37,23 +37,21 @@ def fetch(options: FetchOptions, console: Console) -> None:
 
 def examine() -> list[str]:
     """Versions, cores, CUDA devices, teachers, folders; ends with ready or what to fix."""
-    problems: list[str] = []
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages: " + ", ".join(f"{name} {metadata.version(name)}" for name in _CORE),
         *_extras(),
-        *_machine(problems),
+        *_machine(),
         "",
-        *_teachers(problems),
+        *_teachers(),
         "",
     ]
-    if problems:
+    if problems := list(_problems()):
         return [*lines, "to fix:", *(f"  - {problem}" for problem in problems)]
     return [*lines, "ready; try: twinspect demo --quick"]
 
 
 def _extras() -> Iterator[str]:
-    """Which extras of the package are installed, and what to type for the others."""
     needed: dict[str, list[str]] = {name: [] for name in _EXTRAS}
     for line in metadata.requires("twinspect") or ():
         if (match := re.match(r"([\w.-]+).*extra == .(\w+)", line)) and match[2] in needed:
@@ -67,7 +65,7 @@ def _extras() -> Iterator[str]:
         yield f'extra {extra}, {_EXTRAS[extra]}: type: pip install "twinspect[{extra}]"'
 
 
-def _machine(problems: list[str]) -> Iterator[str]:
+def _machine() -> Iterator[str]:
     yield f"processor: {usable_cores()} cores; threads of torch: {torch.get_num_threads()}"
     if not torch.cuda.device_count():
         build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
@@ -75,30 +73,30 @@ def _machine(problems: list[str]) -> Iterator[str]:
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         yield f"CUDA {number}: {device.name}, {device.total_memory / 1e9:.1f} GB"
-    try:
-        from twinspect.models.teachers import timm  # noqa: F401
-    except (TwinspectError, ImportError, RuntimeError) as error:
-        problems.append(f"timm cannot be imported: {error}")
 
 
-def _teachers(problems: list[str]) -> Iterator[str]:
-    """Every teacher and where its weights are, the folders, and which teacher is taken by default."""
+def _teachers() -> Iterator[str]:
     rows = tuple((name, arch, _where(name)) for name, arch in weights.SHORT_NAMES.items())
     yield from Table("teachers", ("name", "architecture", "weights"), rows).lines()
     yield ""
     store = weights.store_dir()
     for what, folder in (("weights", store), ("feature cache", store.with_name("features"))):
         yield f"{what}: {folder}"
-    chosen = weights.resolve_auto()
+    yield f"--teacher auto takes: {weights.explain_auto(weights.resolve_auto())}"
+
+
+def _problems() -> Iterator[str]:
     try:
-        weights.find_weights(chosen)
+        from twinspect.models.teachers import timm  # noqa: F401
+    except (TwinspectError, ImportError, RuntimeError) as error:
+        yield f"timm cannot be imported: {error}"
+    try:
+        weights.find_weights(weights.resolve_auto())
     except TwinspectError as error:
-        problems.append(str(error))
-    yield f"--teacher auto takes: {weights.explain_auto(chosen)}"
+        yield str(error)
 
 
 def _where(name: str) -> str:
-    """Where a teacher's weights are, or what to type to get them."""
     try:
         source = weights.find_weights(name)
     except TwinspectError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -203,7 +202,6 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
     masked = {s.class_name for s in samples if s.masks and pixel}
     began, joint, students = time.monotonic(), Evaluator(pixel), {n: Evaluator(False) for n in STUDENTS}
     rows: list[dict[str, Any]] = []
-    calls: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
     failed, masks_not_used = list[str](), list[str]()
     results = predictor.predict(samples, maps=bool(masked), pixels=False)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
@@ -229,17 +227,16 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
         labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
         rows.append({**result.row(), **labels})
-        calls[class_name].append((sample.defect_type, int(sample.label or 0), bool(result.is_anomaly)))
     seconds, table = time.monotonic() - began, joint.compute()
     alone = {name: evaluator.compute() for name, evaluator in students.items()}
-    decisions = count_calls((name, label, called) for name, of in calls.items() for _, label, called in of)
-    defects = {name: [call for call in of if call[1]] for name, of in sorted(calls.items())}
+    decisions = count_calls(rows, "true_class")
+    defects = {name: [row for row in rows if row["label"] and row["true_class"] == name] for name in decisions}
     values = {
         **table,
         "students": {name: table["mean"] for name, table in alone.items()},
         "student_defects": {name: table["defects"] for name, table in alone.items()},
         "decisions": decisions,
-        "defect_decisions": {name: count_calls(of) for name, of in defects.items() if of},
+        "defect_decisions": {name: count_calls(of, "defect_type") for name, of in defects.items() if of},
         "decisions_mean": {k: v for k, v in mean_of(decisions).items() if k.endswith("_rate")},
         "failed": failed,
         "masks_not_used": masks_not_used,
@@ -270,16 +267,13 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     return mask, regions
 
 
-def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
-    """What the thresholds in use make of labelled images, by class; a share of no images is absent.
-
-    Every one of ``rows`` has class, label, and whether the image is called anomalous.
-    """
+def count_calls(rows: Iterable[Mapping[str, Any]], by: str) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of `Evaluation.rows`, by one of their columns; a share of none is absent."""
     counts: dict[str, dict[str, float]] = {}
-    for name, label, called in rows:
-        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        counted["defects" if label else "good"] += 1
-        counted["found" if label else "false_alarms"] += called
+    for row in rows:
+        counted = counts.setdefault(row[by], dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if row["label"] else "good"] += 1
+        counted["found" if row["label"] else "false_alarms"] += row["is_anomaly"]
     for counted in counts.values():
         for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
             if counted[whole]:

@@ -222,7 +222,7 @@ class Review:
         score, threshold, label = self.columns(name)
         kinds = {"good": 0, "defects": 1, "images": _UNKNOWN}
         groups = {kind: score[label == value] for kind, value in kinds.items() if (label == value).any()}
-        yield Histogram(f"Scores: {name}", "score", groups, float(np.median(threshold)))
+        yield Histogram(f"Scores: {name}", groups, float(np.median(threshold)))
         if {"good", "defects"} <= groups.keys():
             known = label != _UNKNOWN
             alarms, hits, _ = roc_curve(score[known], label[known])
