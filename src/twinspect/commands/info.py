@@ -100,8 +100,8 @@ def _card(
     counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)
     promised = [
         {
-            "class": name, "unsure from": row["threshold_unsure"], "threshold": row["threshold"],
-            "promise": row["sentence"],
+            "class": name, "good images": row["images"], "unsure from": row["threshold_unsure"],
+            "threshold": row["threshold"], "promise": row["sentence"],
         }
         for name, row in thresholds.items()
     ]  # fmt: skip
