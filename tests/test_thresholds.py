@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinspect.commands.calibrate import threshold_section, threshold_table
+from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.evaluate import cautions
 from twinspect.decide.decision import Budget, Decision, GoodScores, Threshold
 
@@ -19,7 +19,7 @@ def decision(sizes: dict[str, int], **changes: object) -> Decision:
 
 
 def rows_of(made: Decision) -> dict[str, dict[str, object]]:
-    table = threshold_table(made)
+    (table,) = threshold_section(made).tables
     return {str(row[0]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
@@ -40,7 +40,7 @@ def test_every_class_has_its_own_threshold_and_says_how_often_it_is_wrong() -> N
     assert called == int((made.good.score[made.good.of_class("labelled", given=True)] >= 2.0).sum()) > 0
     lines = list(threshold_section(made).lines())
     assert lines[0] == "labelled: chosen"
-    assert threshold_table(made).note in lines
+    assert threshold_section(made).tables[0].note in lines
 
 
 def test_a_class_without_images_has_no_promise_of_its_own() -> None:
@@ -49,7 +49,7 @@ def test_a_class_without_images_has_no_promise_of_its_own() -> None:
 
 
 def test_a_third_answer_has_its_column() -> None:
-    table = threshold_table(decision({"a": 120}, budget=Budget(0.01, unsure=0.1)))
+    (table,) = threshold_section(decision({"a": 120}, budget=Budget(0.01, unsure=0.1))).tables
     assert table.columns[2:4] == ("unsure from", "threshold")
     assert table.rows[0][2] < table.rows[0][3]
 

@@ -28,7 +28,6 @@ _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
     "the good images here the threshold calls bad."
 )
-_NOTE_OF_ALL = " all classes: for a class without good images of its own."
 
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
@@ -163,13 +162,8 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
 
 
 def threshold_section(decision: Decision) -> Section:
-    """Thresholds of all classes, and what those that were chosen on labels were chosen by."""
+    """A table with a row for each class, and what the thresholds that were chosen on labels were chosen by."""
     chosen = (f"{name}: {rule.image.sentence}" for name, rule in promises(decision) if rule.basis == LABELS)
-    return Section("Thresholds", tuple(chosen), (threshold_table(decision),))
-
-
-def threshold_table(decision: Decision) -> Table:
-    """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
     rows = [
         {
             "class": name, "good images": row["images"], "unsure from": row["threshold_unsure"],
@@ -177,7 +171,8 @@ def threshold_table(decision: Decision) -> Table:
         }
         for name, row in class_values(decision).items()
     ]  # fmt: skip
-    return Table.of("Thresholds by class", rows, _NOTE + (_NOTE_OF_ALL if len(rows) > 1 else ""))
+    note = f"{_NOTE} all classes: for a class without good images of its own." if len(rows) > 1 else _NOTE
+    return Section("Thresholds", tuple(chosen), (Table.of("Thresholds by class", rows, note),))
 
 
 def false_alarms(rule: Rule) -> str:
