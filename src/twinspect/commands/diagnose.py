@@ -74,11 +74,6 @@ class Diagnosis:
         """Mean of every measure over the pairs."""
         return {name: float(np.mean([pair[name] for pair in self.pairs])) for name in MEASURES}
 
-    def matrix(self, measure: str) -> list[list[float | None]]:
-        """Values by base (rows) and other (columns); None on the diagonal."""
-        values = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
-        return [[values.get((base, other)) for other in self.classes] for base in self.classes]
-
     def values(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         taken = sorted(self.taken.items())
@@ -260,10 +255,10 @@ def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
     """One table per measure: row = the class whose image it is, column = the class that intrudes."""
     for measure, title in _TITLES.items():
         rows = []
-        for base, values in zip(diagnosis.classes, diagnosis.matrix(measure), strict=True):
-            numbers = [value for value in values if value is not None]
-            shown = ("-" if value is None else value for value in values)
-            rows.append((base, *shown, sum(numbers) / len(numbers)))
+        for base in diagnosis.classes:
+            values = {pair["other"]: float(pair[measure]) for pair in diagnosis.pairs if pair["base"] == base}
+            shown = (values.get(other, "-") for other in diagnosis.classes)
+            rows.append((base, *shown, sum(values.values()) / len(values)))
         yield Table(title, ("class", *diagnosis.classes, "mean"), tuple(rows))
 
 
