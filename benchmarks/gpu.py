@@ -3,7 +3,8 @@
 Training first (`gpu_train`): 500 steps in bf16, and the time of a step beside its arithmetic bound. Then speed and
 bf16 parity of inference. Needs torch >= 2.10 and timm only; weights are random. For ViT-S/B/L at 224, 392 and 448
 pixels: images per second of the bare teacher, of A (teacher, both students, scorer) and of the Encoder-Decoder alone,
-in bf16, eager and, at ``--compile-sizes``, compiled; and how far bf16 scores are from fp32. Prints a table for people; the last line is JSON.
+in bf16, eager and, at ``--compile-sizes``, compiled; and how far bf16 scores are from fp32. Prints a table for
+people; the last line is JSON.
 """
 
 from __future__ import annotations
