@@ -3,7 +3,8 @@
 Training first (`gpu_train`): 500 steps in bf16, and the time of a step beside its arithmetic bound. Then speed and
 bf16 parity of inference. Needs torch >= 2.10 and timm only; weights are random. For ViT-S/B/L at 224, 392 and 448
 pixels: images per second of the bare teacher, of A (teacher, both students, scorer) and of the Encoder-Decoder alone,
-eager and compiled, in bf16; and how far bf16 scores are from fp32. Prints a table for people; the last line is JSON.
+in bf16, eager and, at ``--compile-sizes``, compiled; and how far bf16 scores are from fp32. Prints a table for
+people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 
 import gpu_train
 import torch
+
+from twinspect.config import ModelConfig
+from twinspect.device import choose_device
+from twinspect.models.contract import build_model
 
 Step = Callable[[torch.Tensor], Any]
 TEACHERS = {
@@ -32,24 +37,29 @@ def main() -> int:
     parser.add_argument("--sizes", default="224,392,448")
     parser.add_argument("--images", type=int, default=32, help="of a call, in inference")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each timing")
-    parser.add_argument("--no-compile", action="store_true", help="inference eager only")
+    parser.add_argument("--compile-sizes", default="392", help="at which inference is timed compiled too")
     parser.add_argument("--only", choices=("training", "inference"), help="one half of it")
     gpu_train.options(parser.add_argument_group("training"))
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here: nothing to measure")
+    if choose_device(given.device) == "cpu" and given.device != "cpu":
+        print("no CUDA device here: nothing to measure (--device cpu only shows that this runs)")
         print(json.dumps({"device": None, "training": None, "rows": []}))
         return 0
     training = gpu_train.measure(given) if given.only != "inference" else None
-    torch.backends.cuda.matmul.allow_tf32 = False
-    name, rows = torch.cuda.get_device_name(), []
+    device, rows = torch.device(choose_device(given.device)), []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {given.images} images a call, bf16")
-    print("model  size  compiled   teacher      A   ED only   A / teacher   largest score gap of bf16")
+    print("model  size  compiled   teacher      A   ED only   time of A / teacher   largest score gap of bf16")
     for model in given.models.split(",") if given.only != "training" else ():
         for size in map(int, given.sizes.split(",")):
-            for compiled in (False, True)[: 1 if given.no_compile else 2]:
+            for compiled in (False, True)[: 2 if str(size) in given.compile_sizes.split(",") else 1]:
                 rows.append(
-                    {"model": model, "size": size, "compiled": compiled, **measure(given, model, size, compiled)}
+                    {
+                        "model": model,
+                        "size": size,
+                        "compiled": compiled,
+                        **measure(given, model, size, device, compiled),
+                    }
                 )
                 print(line_of(rows[-1]), flush=True)
     versions = {"device": name, "torch": torch.__version__, "images": given.images}
@@ -57,32 +67,29 @@ def main() -> int:
     return 0
 
 
-def measure(given: argparse.Namespace, name: str, size: int, compiled: bool) -> dict[str, Any]:
+def measure(given: argparse.Namespace, name: str, size: int, device: torch.device, compiled: bool) -> dict[str, Any]:
     """Images per second of the three steps, or why they could not be measured."""
     try:
-        model = build(TEACHERS[name], size)
-        image = torch.randint(0, 256, (given.images, 3, size, size), dtype=torch.uint8, device="cuda")
+        model = build(TEACHERS.get(name, name), size).to(device)
+        image = torch.randint(0, 256, (given.images, 3, size, size), dtype=torch.uint8, device=device)
         with torch.inference_mode():
             found: dict[str, Any] = {
                 key: speed(prepared(step, compiled), image, given.seconds) for key, step in steps(model).items()
             }
-            found["ratio"] = found["a"] / found["teacher"]
+            found["ratio"] = found["teacher"] / found["a"]  # of times
             found["bf16"] = parity(model, image[:8])
         return found
     except torch.OutOfMemoryError:
         return {"error": "out of memory; give fewer --images"}
     finally:
         torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def build(arch: str, size: int) -> Any:
-    """The model with random weights, on the GPU."""
-    from twinspect.config import ModelConfig
-    from twinspect.models.contract import build_model
-
+    """The model with random weights."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(teacher=arch, pretrained=False, size=size)).eval().cuda()
+    return build_model(ModelConfig(teacher=arch, pretrained=False, size=size)).eval()
 
 
 def steps(model: Any) -> dict[str, Step]:
@@ -92,7 +99,7 @@ def steps(model: Any) -> dict[str, Step]:
         return model.teacher.features(model.teacher.normalise(image))
 
     def local(image: torch.Tensor) -> Any:
-        groups, trunk = model.groups(model.groups.select(teacher(image).maps))
+        groups, trunk = model.groups(model.observe(model.teacher.normalise(image)))
         return groups, model.student.local(trunk)
 
     return {"teacher": teacher, "a": model, "ed": local}
@@ -103,7 +110,7 @@ def prepared(step: Step, compiled: bool) -> Step:
     inner = torch.compile(step, mode="reduce-overhead") if compiled else step
 
     def run(image: torch.Tensor) -> Any:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(image.device.type, torch.bfloat16):
             return inner(image)
 
     return run
@@ -113,12 +120,12 @@ def speed(step: Step, image: torch.Tensor, seconds: float) -> float:
     """Images per second after a warm-up."""
     for _ in range(5):
         step(image)
-    torch.cuda.synchronize()
+    gpu_train.wait(image.device)
     began, calls = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         for _ in range(5):
             step(image)
-        torch.cuda.synchronize()
+        gpu_train.wait(image.device)
         calls += 5
     return calls * len(image) / (time.perf_counter() - began)
 
@@ -126,7 +133,7 @@ def speed(step: Step, image: torch.Tensor, seconds: float) -> float:
 def parity(model: Any, image: torch.Tensor) -> dict[str, float]:
     """Largest gap of bf16 to fp32, relative to max(1, |fp32|), of raw scores and of the map."""
     exact = model(image)
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(image.device.type, torch.bfloat16):
         close = model(image)
     names = ("score_local_B", "score_semantic_B", "map_B1HW")
     pairs = {name: (getattr(exact, name).float(), getattr(close, name).float()) for name in names}
@@ -138,7 +145,7 @@ def line_of(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{head} {row['error']}"
     gap = max(row["bf16"]["score_local_B"], row["bf16"]["score_semantic_B"])
-    return f"{head} {row['teacher']:9.0f} {row['a']:6.0f} {row['ed']:9.0f} {row['ratio']:13.2f}   {gap:.2g}"
+    return f"{head} {row['teacher']:9.0f} {row['a']:6.0f} {row['ed']:9.0f} {row['ratio']:21.2f}   {gap:.2g}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ loss must have fallen. *step*: 392 px, steps of 16 images, from a warm cache and
 that the arithmetic (teacher forward, students forward and backward) takes at the rate of a large bf16 matrix product
 measured in the same run; and the Encoder-Decoder alone, which is what Dinomaly trains. Step times are medians of the
 differences of the log's own seconds, first steps left out. The last line is JSON.
+
+``--dinomaly DIR`` (a checkout of guojiajeremy/Dinomaly that you bring) times a step of the public code beside it: the
+same encoder, size and batch, images already on the GPU; in fp32, as its script runs, and under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ def step_times(given: argparse.Namespace, device: str, folder: Path) -> dict[str
         found[name] = judged(seconds, operations(model, source, config) / rate)
         if root is not None:
             found["decoder alone"] = decoder_alone(model, source, config, rate)
+    if given.dinomaly is not None:
+        found["public Dinomaly, s"] = public_dinomaly(given, device)
     return found
 
 
@@ -99,7 +104,7 @@ def decoder_alone(model: Any, source: FeatureSource, config: TrainConfig, rate: 
 
     def step() -> None:
         with autocast(config.precision, model.device):
-            groups, trunk = model.groups(observed.maps)
+            groups, trunk = model.groups(observed)
             share = easy_share(config.easy_ramp, config.easy_ramp)
             loss = encoder_decoder_loss(groups, model.student.local(trunk), share).mean()
         optimiser.zero_grad(set_to_none=True)
@@ -111,12 +116,41 @@ def decoder_alone(model: Any, source: FeatureSource, config: TrainConfig, rate: 
     return judged(timed(step, model.device, config.steps), counter.get_total_flops() / rate)
 
 
+def public_dinomaly(given: argparse.Namespace, device: str) -> dict[str, float]:
+    """Seconds of a step of Dinomaly's public code, by precision; the step is that of its training script."""
+    from parity import LR, their_dinomaly
+
+    from twinspect.models.teachers import Teacher
+
+    torch.manual_seed(0)
+    model, utils, optimizers = their_dinomaly(given.dinomaly, Teacher("public", given.arch), second=False)
+    model = model.float().to(device).train()
+    students = torch.nn.ModuleList([model.bottleneck, model.decoder])
+    options = {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 1e-4, "amsgrad": True, "eps": 1e-10}
+    optimiser = optimizers.StableAdamW([{"params": students.parameters()}], **options)
+    image = torch.randn(given.batch, 3, given.size, given.size, device=device)
+    found = {}
+    for precision in ("fp32", "bf16"):
+
+        def step(precision: str = precision) -> None:
+            with autocast(precision, image.device):
+                targets, predicted = model(image)
+                loss = utils.global_cosine_hm_percent(targets, predicted, p=0.9, factor=0.1)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(students.parameters(), max_norm=0.1)
+            optimiser.step()
+
+        found[precision] = timed(step, image.device, given.timed)
+    return found
+
+
 def operations(model: Any, source: FeatureSource, config: TrainConfig) -> float:
     """Operations of a step by shapes: teacher where the source asks it, students forward and backward."""
     model.student.train()
     with FlopCounterMode(display=False) as counter:
+        observed, small = source.batch(range(config.batch))
         with autocast(config.precision, model.device):
-            observed, small = source.batch(range(config.batch))
             loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
         loss.backward()
     model.student.zero_grad()
@@ -168,6 +202,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=392, help="of timed steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--timed", type=int, default=40, help="timed steps")
+    parser.add_argument("--dinomaly", type=Path, help="checkout of the public code, timed beside ours")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices whose product is the measure")
 
 

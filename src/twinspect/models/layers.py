@@ -172,7 +172,8 @@ def _on_tokens(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def standardise(map_BDhw: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
     """(map - mean) / scale of every channel, in one pass over the map: a batch norm that learns nothing."""
-    return F.batch_norm(map_BDhw, mean_D, scale_D.square(), eps=0.0)
+    nothing = 1e-30  # torch 2.11 refuses 0; beside a square of a scale this is lost in rounding
+    return F.batch_norm(map_BDhw, mean_D, scale_D.square(), eps=nothing)
 
 
 def pool(map_BDhw: Tensor, factor: int, lying: int = 1) -> Tensor:
