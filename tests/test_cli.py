@@ -193,6 +193,8 @@ def test_fit_refuses_bad_options(tmp_path: Path, words: list[str], sentence: str
 def test_fit_of_bad_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no such file or folder" in failed("fit", tmp_path / "none", *TINY)
+    roi = tmp_path / "none.png"  # which is read first: it takes no time
+    assert f"--roi {roi}: no such file" in failed("fit", tmp_path / "none", "--roi", roi, *TINY)
     assert "no images that can be read; found: nothing" in failed("fit", tmp_path / "empty", *TINY)
     bad = good_folder(tmp_path / "only" / "scratch", 3)
     said = failed("fit", bad.parent, *TINY)

@@ -146,10 +146,9 @@ COMMANDS = (
 class _InOrder(TyperGroup):
     """Shows the commands in the order of `COMMANDS`; typer puts groups last."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        names = dict.fromkeys(row.name.split()[0] for row in COMMANDS)
-        self.commands = {name: self.commands[name] for name in names}
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names."""
+        return list(dict.fromkeys(row.name.split()[0] for row in COMMANDS))
 
 
 app = typer.Typer(

@@ -46,15 +46,15 @@ def read_data(path: Path, layout: str, images: Path | None, console: Console) ->
 
 def summary(loaded: Loaded) -> Iterator[str]:
     """Counts per class, what was skipped and why, choices made."""
-    counts = loaded.counts
+    counts, images = loaded.counts, len(loaded.samples)
+    classes = "1 class" if len(counts) == 1 else f"{len(counts)} classes"
+    title = f"{loaded.layout} at {loaded.root}: {classes}, {images:,} image{'' if images == 1 else 's'}"
     if len(counts) > 1:
         counts["total"] = data.ClassCounts(*map(sum, zip(*map(astuple, counts.values()), strict=True)))
     rows = [
         {"class": name, **{key.replace("_", " "): n for key, n in asdict(row).items() if n or key != "test_unknown"}}
         for name, row in counts.items()
     ]
-    plural, ending = "class" if len(rows) == 1 else "classes", "" if len(loaded.samples) == 1 else "s"
-    title = f"{loaded.layout} at {loaded.root}: {len(loaded.counts)} {plural}, {len(loaded.samples):,} image{ending}"
     yield from Table.of(title, rows).lines()
     by_reason: dict[str, list[Path]] = defaultdict(list)
     for path, reason in loaded.skipped:
