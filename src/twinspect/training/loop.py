@@ -30,6 +30,7 @@ from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
 _CHECKPOINT = "checkpoint.safetensors"
+_SHORT_SAVE = 0.2  # seconds
 LOG = "train.jsonl"
 LOCK = "lock"  # held by the run that writes in a folder
 
@@ -251,8 +252,8 @@ class WorkFolder:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save: a large model's state takes seconds, and at most a twentieth of the run."""
-        return time.monotonic() - self._saved >= 20 * self._took
+        """Whether it is time to save: the state of a large model takes seconds, and gets a twentieth of the run."""
+        return self._took < _SHORT_SAVE or time.monotonic() - self._saved >= 20 * self._took
 
     def load(self) -> tuple[int, dict[str, float]]:
         """Take up the state that a killed run left: steps already taken (0 without a checkpoint), last loss terms."""
