@@ -18,14 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twinspect.models.statistics import shrunk_directions
+from twinspect.models.statistics import each_fold, random_folds, shrunk_directions
 
 # Sums of standard deviations that the means of two groups lie apart by, or they are one. Two products: mostly 7 and
 # more; two designs or lots of one product: 3 to 6.5; halves of one Gaussian: 1.3.
 GAP = 7.0
 SMALLEST, SMALLEST_OF_FEW = 16, 6  # images of a group, and of one where there are few
 _DIRECTIONS = (8, 16, 32, 64)  # principal directions that groups are looked for in, by turns
-_FOLDS = 5  # that images are parted in, to see which class each is taken for
 _STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
 
 
@@ -115,16 +114,11 @@ class Clusters(nn.Module):
         """Learn the centres, once it is known which class images are taken for by centres that did not see them."""
         self.link_K = repetition(embedding_nF, cluster_n, len(classes))
         if len(set(classes)) > 1:
-            order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
-            fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
-            fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-            for fold in range(min(_FOLDS, len(order))):
-                away, here = fold_n != fold, fold_n == fold
-                away |= (torch.bincount(cluster_n[away], minlength=self.count) == 0)[cluster_n]  # or a whole cluster
+            taken_n = torch.zeros_like(cluster_n)
+            for away, here in each_fold(random_folds(len(cluster_n), seed).to(cluster_n.device), cluster_n):
                 self._discriminate(token_nE[away], cluster_n[away])
                 taken_n[here] = self(token_nE[here])
-            pairs = zip(names, taken_n.tolist(), strict=True)
-            self.taken = Counter((name, classes[k]) for name, k in pairs)
+            self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))
         self._discriminate(token_nE, cluster_n)
 
     def _discriminate(self, token_nE: Tensor, cluster_n: Tensor) -> None:
@@ -153,7 +147,9 @@ def groups(token_nE: Tensor, seed: int) -> Tensor:
         if room < (2 if directions == _DIRECTIONS[0] else 2 * directions):
             return group_n
         points = principal(token_nE.double(), directions)
-        centres = drop_small(points, best_k_means(points, min(2 * directions, room), seed), smallest)
+        starts = [k_means(points, min(2 * directions, room), seed + start) for start in range(_STARTS)]
+        nearest = min(starts, key=lambda found: float(torch.cdist(points, found).amin(1).square().sum()))
+        centres = drop_small(points, nearest, smallest)
         part_n = merge_centres(points, centres, GAP)[torch.cdist(points, centres).argmin(1)]
         parts = int(part_n.max()) + 1
         # A few directions mix thirty products. More of them are trusted only if they tell many apart: of one product
@@ -215,12 +211,6 @@ def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
     length = line.norm().clamp_min(1e-12)
     spread = (one_NP @ line).std() + (other_MP @ line).std()
     return float(length * length / spread.clamp_min(1e-12))
-
-
-def best_k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
-    """Centres (count x P) of the start that leaves the points nearest to them."""
-    starts = [k_means(points_NP, count, seed + start) for start in range(_STARTS if count > 1 else 1)]
-    return min(starts, key=lambda centres: float(torch.cdist(points_NP, centres).amin(1).square().sum()))
 
 
 def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:

@@ -44,7 +44,7 @@ from twinspect.models.layers import (
     TokenLinear,
     published_map,
     start_small,
-    to_rows,
+    to_tokens,
     top_mean,
     whole_divisor,
 )
@@ -57,7 +57,7 @@ TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (D
 
 def resolved(config: ModelConfig, info: BackboneInfo, size: int) -> ModelConfig:
     """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN."""
-    vit = info.kind == "vit"
+    vit = info.vit
     return replace(
         config,
         width=config.width or (info.channels[0] if vit else 64),
@@ -87,7 +87,7 @@ class LayerGroups(nn.Module):
         super().__init__()
         if recentre and not info.class_token:
             raise ConfigError(f"recentre: {info.arch} has no class token; take a ViT such as --teacher dinov2-base")
-        self.vit, self.recentre, self.select = info.kind == "vit", recentre, [selection]  # in a list: not a child
+        self.vit, self.recentre, self.select = info.vit, recentre, [selection]  # in a list: not a child
         self.prefix_tokens, half = info.prefix_tokens, len(selection.channels) // 2
         self.side = max(selection.map_sides) if self.vit else min(-(-size // 16), max(selection.map_sides))
         self.widths = (
@@ -105,11 +105,11 @@ class LayerGroups(nn.Module):
             move(selection.standardise(level, i))
             for i, (level, move) in enumerate(zip(observed.maps, self.moves, strict=True))
         )
-        trunk = to_rows(torch.cat([level.permute(0, 2, 3, 1) for level in maps], 3))
+        trunk = torch.cat([level.permute(0, 2, 3, 1) for level in maps], 3).flatten(1, 2)
         return list(torch.split(trunk, self.widths, 2)), trunk
 
     def _averaged(self, observed: Observed) -> tuple[list[Tensor], Tensor]:
-        groups = [to_rows(level.permute(0, 2, 3, 1)) for level in observed.maps]
+        groups = [to_tokens(level) for level in observed.maps]
         prefixes, levels = observed.prefix_BMPD.unbind(1), self.select[0].levels
         total = sum(len(members) for members in levels)
         each = zip(prefixes, groups, levels, strict=True)
@@ -130,12 +130,8 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, groups: LayerGroups, config: ModelConfig) -> None:
         super().__init__()
-        self.vit, self.prefix_tokens, self.widths, width = (
-            groups.vit,
-            groups.prefix_tokens,
-            groups.widths,
-            config.width,
-        )
+        self.vit, self.prefix_tokens, self.widths = groups.vit, groups.prefix_tokens, groups.widths
+        width = config.width
         heads = max(1, width // 64 if self.vit else width // 32)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, width, config.dropout, ratio)

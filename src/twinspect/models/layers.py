@@ -246,11 +246,6 @@ class Resample(nn.Module):
             return (self.weight_oi @ lines).permute(0, 3, 1, 2)
 
 
-def to_rows(grid_BhwD: Tensor) -> Tensor:
-    """B x h x w x D to B x (h*w) x D."""
-    return grid_BhwD.flatten(1, 2)
-
-
 def to_tokens(map_BDhw: Tensor) -> Tensor:
     """B x D x h x w to B x (h*w) x D."""
     return map_BDhw.flatten(2).transpose(1, 2)

@@ -115,7 +115,7 @@ class Stages:
         self.selection = selection
         last = {stride: i for i, stride in enumerate(info.strides)}
         finest = [last[stride] for stride in sorted(last)[:STAGES]]
-        self.at = list(range(len(selection.channels))) if info.kind == "vit" else finest
+        self.at = list(range(len(selection.channels))) if info.vit else finest
         self.channels = [selection.channels[i] for i in self.at]
         self.map_sides = [selection.map_sides[i] for i in self.at]
 
@@ -256,13 +256,13 @@ class StructuralStudent(nn.Module):
 
     def __init__(self, info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> None:
         super().__init__()
-        structure, vit = config.structure(), info.kind == "vit"
-        width = config.width or (info.channels[0] if vit else 0)
+        structure = config.structure()
+        width = config.width or (info.channels[0] if info.vit else 0)
         inside = structure.cram if structure.cram_place == "bottleneck" else 0
         net: nn.Module
         if structure.direction == "forward":
             net = ForwardEncoder(info, stages, size)
-        elif vit:
+        elif info.vit:
             net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), inside)
         else:
             net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, inside)
@@ -363,9 +363,8 @@ class StructuralModel(AnomalyModel):
                 return losses.channel_loss(*(self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw)))
             case "intra":
                 return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, self.structure.affinity_side)
-            case "inter":
+            case _:  # inter
                 return losses.inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
-        raise ValueError(f"unknown term {name!r}")
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """One group for the one student."""
