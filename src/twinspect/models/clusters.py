@@ -25,6 +25,7 @@ from twinspect.models.statistics import each_fold, random_folds, shrunk_directio
 GAP = 7.0
 SMALLEST, SMALLEST_OF_FEW = 16, 6  # images of a group, and of one where there are few
 _DIRECTIONS = (8, 16, 32, 64)  # principal directions that groups are looked for in, by turns
+_MOST_COMPARED = 2000  # images of a cluster, to see how far they repeat each other
 _STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
 
 
@@ -83,12 +84,10 @@ class Clusters(nn.Module):
         classes: list[str],
         seed: int,
     ) -> Tensor:
-        """Take in further good images, of known classes or of new ones; the cluster of every image, old ones first.
+        """Take in further good images; the cluster of every image, known ones first, as in all that is given.
 
-        Images of a known class join the nearest cluster of that class; those of a new class are a cluster.
-
-        Tokens, embeddings and names are of the images that are known, then of the new ones; ``before_m`` are the
-        clusters of the known ones. New classes are added to ``classes``, which has the class of every cluster.
+        Images of a known class join the nearest cluster of that class; those of a new class are a cluster, and it is
+        added to ``classes``, which has the class of every cluster. ``before_m`` are the clusters of the known images.
         """
         classes += [name for name in dict.fromkeys(names) if name not in classes]
         fresh: list[int] = []
@@ -213,7 +212,7 @@ def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
     return float(length * length / spread.clamp_min(1e-12))
 
 
-def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
+def k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
     """Centres (count x P) by k-means++ seeding and Lloyd's rounds; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     centres = points_NP[torch.randint(len(points_NP), (1,), generator=generator)]
@@ -222,7 +221,7 @@ def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tenso
         # Drawn on the CPU, so that a seed means the same everywhere.
         pick = torch.multinomial(nearest.clamp_min(1e-12).cpu(), 1, generator=generator)
         centres = torch.cat([centres, points_NP[pick]])
-    for _ in range(rounds):
+    for _ in range(50):
         owner = torch.cdist(points_NP, centres).argmin(1)
         new = torch.stack([points_NP[owner == k].mean(0) if (owner == k).any() else centres[k] for k in range(count)])
         if torch.equal(new, centres):
@@ -242,7 +241,7 @@ def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
     return centres_KP
 
 
-def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int = 2000) -> Tensor:
+def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int) -> Tensor:
     """How far the good images of each cluster repeat each other, 0 to 1 (K).
 
     On a production line every image has near-twins among the good ones: a small deviation means something. Where
@@ -253,7 +252,7 @@ def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int
     unit = nn.functional.normalize(embedding_nF, dim=1)
     links = torch.ones(clusters, device=embedding_nF.device)
     for k in range(clusters):
-        members = unit[cluster_n == k][:most]
+        members = unit[cluster_n == k][:_MOST_COMPARED]
         if len(members) < 4:
             continue  # too few to tell
         apart = (1.0 - members @ members.T).clamp_min(0.0)

@@ -1,8 +1,7 @@
 """What every family of models is: teacher in, `Outputs` out, one path from pixels to scores.
 
 A family (a row of `twinspect.config.FAMILIES`) fills in a student, its training terms and its plain readings.
-Training, caching, statistics, bundles, prediction and exports know this contract only. First stand the records of the
-scoring path and which of the teacher's maps are kept, then the model.
+Training, caching, statistics, bundles, prediction and exports know this contract only.
 
 Shapes: B images, D channels, h w grid, M kept maps, N positions, P class and register tokens, E width of all global
 tokens together, F of the embedding, R readings, H W map, S input side.
@@ -200,7 +199,7 @@ class AnomalyModel(nn.Module):
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""
         plain = self.plain(observed, small_B3SS) if self.scorer.asks_students else None
-        outputs: Outputs = self.scorer(plain, observed)
+        outputs = cast(Outputs, self.scorer(plain, observed))
         return outputs._replace(map_B1HW=self.inside_map(outputs.map_B1HW))
 
     def inside(self, image_BCSS: Tensor) -> Tensor:

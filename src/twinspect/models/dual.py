@@ -88,7 +88,7 @@ class LayerGroups(nn.Module):
         if recentre and not info.class_token:
             raise ConfigError(f"recentre: {info.arch} has no class token; take a ViT such as --teacher dinov2-base")
         self.vit, self.recentre, self.select = info.vit, recentre, [selection]  # in a list: not a child
-        self.prefix_tokens, half = info.prefix_tokens, len(selection.channels) // 2
+        half = len(selection.channels) // 2
         self.side = max(selection.map_sides) if self.vit else min(-(-size // 16), max(selection.map_sides))
         self.widths = (
             selection.channels if self.vit else [sum(selection.channels[:half]), sum(selection.channels[half:])]
@@ -128,9 +128,9 @@ class EncoderDecoder(nn.Module):
     ViT: class and register tokens go with the patches through bottleneck and decoder, and are dropped at its end.
     """
 
-    def __init__(self, groups: LayerGroups, config: ModelConfig) -> None:
+    def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig) -> None:
         super().__init__()
-        self.vit, self.prefix_tokens, self.widths = groups.vit, groups.prefix_tokens, groups.widths
+        self.vit, self.prefix_tokens, self.widths = info.vit, info.prefix_tokens, groups.widths
         width = config.width
         heads = max(1, width // 64 if self.vit else width // 32)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
@@ -168,8 +168,8 @@ class EncoderEncoder(nn.Module):
         levels, teachers = len(self.net.info.token_channels), len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.
         self.source = [min(levels - 1, (i * levels) // teachers) for i in range(teachers)]
-        self.first = teachers - 1 if config.ee_tokens == "last" else 0
-        self.source, theirs = self.source[self.first :], info.token_channels[self.first :]
+        first = teachers - 1 if config.ee_tokens == "last" else 0
+        self.source, theirs = self.source[first:], info.token_channels[first:]
         dims = zip((self.net.info.token_channels[i] for i in self.source), theirs, strict=True)
         self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
 
@@ -184,7 +184,7 @@ class DualStudent(nn.Module):
 
     def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig, side: int) -> None:
         super().__init__()
-        self.local, self.semantic = EncoderDecoder(groups, config), EncoderEncoder(info, config, side)
+        self.local, self.semantic = EncoderDecoder(groups, info, config), EncoderEncoder(info, config, side)
 
     def forward(self, trunk_BND: Tensor, small_B3SS: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Predicted layer groups and class tokens."""
@@ -205,7 +205,8 @@ class DualModel(AnomalyModel):
         self.groups = LayerGroups(self.selection, teacher.info, size, config.recentre)
         self.student = DualStudent(self.groups, teacher.info, config, self.pixel_side)
         self.scorer = Scorer(teacher.info, self.selection, size, config.scoring, (1, 1))
-        self.first_token = self.student.semantic.first  # kept here: several processes wrap the student
+        # Of the teacher's, that are learnt; kept here because several processes wrap the student.
+        self.class_tokens = len(self.student.semantic.heads)
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """What the students should have said: both layer groups (B x N x D), then the class tokens (B x D)."""
@@ -249,7 +250,7 @@ class DualModel(AnomalyModel):
 
     def _class_tokens(self, observed: Observed) -> list[Tensor]:
         tokens_BE, widths = self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels)
-        return list(torch.split(tokens_BE, widths, 1))[self.first_token :]
+        return list(torch.split(tokens_BE, widths, 1))[-self.class_tokens :]
 
 
 build = DualModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`

@@ -152,7 +152,7 @@ class AllSum(torch.autograd.Function):
 class NoisyBottleneck(nn.Module):
     """MLP D_in -> ratio D -> D whose dropout is the noise that makes reconstruction a denoising task (Dinomaly)."""
 
-    def __init__(self, width_in: int, width: int, dropout: float, ratio: float = 4.0) -> None:
+    def __init__(self, width_in: int, width: int, dropout: float, ratio: float) -> None:
         super().__init__()
         hidden = int(width * ratio)
         self.net = nn.Sequential(

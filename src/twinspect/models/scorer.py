@@ -84,12 +84,8 @@ class LayerGroup(PositionGaussian):
 class Scorer(nn.Module):
     """Maps and scores of a batch; buffers only, learnt from good images after training.
 
-    Args:
-        info: the teacher.
-        selection: which of its maps are kept.
-        size: input side in pixels.
-        scoring: ``plain``, ``published`` (plain, and the family's maps are finished already) or ``default``.
-        student_readings: number of local and of semantic readings that the family's students give.
+    ``scoring`` is ``plain``, ``published`` (plain, and the family's maps are finished already) or ``default``.
+    ``student_readings`` are the numbers of local and of semantic readings that the family's students give.
     """
 
     weight_R: Tensor

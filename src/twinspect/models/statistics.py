@@ -129,11 +129,7 @@ def left_out(images_n: Tensor, copies_n: Tensor) -> Tensor:
 def shrinkage(trace: Tensor, square: Tensor, count: Tensor | float, dims: int) -> Tensor:
     """Weight of the identity that a covariance is shrunk by: oracle-approximating shrinkage (Chen et al., 2010).
 
-    Args:
-        trace: of the covariance.
-        square: trace of its square.
-        count: vectors it was learnt from.
-        dims: its side.
+    ``trace`` is that of the covariance, ``square`` that of its square; it was learnt from ``count`` vectors.
     """
     top = (1 - 2 / dims) * square + trace.square()
     below = (count + 1 - 2 / dims) * (square - trace.square() / dims)
@@ -144,13 +140,9 @@ def shrinkage(trace: Tensor, square: Tensor, count: Tensor | float, dims: int) -
 def whitening(covariance_DD: Tensor, count: Tensor | float) -> Tensor:
     """D x D matrix W with x W of identity covariance; the correlations are shrunk first, and get ``RIDGE`` added.
 
-    Without the shrinkage a covariance of few vectors is too small along most directions, and images that it was not
-    learnt from lie too far away. Standard deviations are at least what keeps W finite in fp16: a ReLU can be silent
-    on all good images.
-
-    Args:
-        covariance_DD: of the features.
-        count: vectors it was learnt from.
+    Without the shrinkage a covariance of few (``count``) vectors is too small along most directions, and images that
+    it was not learnt from lie too far away. Standard deviations are at least what keeps W finite in fp16: a ReLU can
+    be silent on all good images.
     """
     scale_D = covariance_DD.diagonal().sqrt().clamp_min(RIDGE**-0.5 / torch.finfo(torch.float16).max)
     correlation = covariance_DD / scale_D / scale_D[:, None]

@@ -96,8 +96,7 @@ class Backbone(nn.Module):
         if self.info.vit:
             return self._vit_features(x_B3HW)
         maps = self.net.forward_intermediates(x_B3HW, indices=self.levels, intermediates_only=True, **self._extra)
-        by_level = dict(zip(self.levels, maps, strict=True))
-        return Features(tuple(maps), tuple(by_level[level].mean((2, 3)) for level in self.token_levels))
+        return Features(tuple(maps), tuple(level.mean((2, 3)) for level in maps))
 
     def drop_head(self) -> None:
         """Let go of what only classifies: a CNN's classifier and the widened stage before it."""
