@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,6 +51,11 @@ def painted(folder: Path, count: int, side: int) -> list[Sample]:
     for path in paths:
         Image.fromarray(made_up_rgb(rng, side)).save(path, compress_level=1)
     return [Sample(path, TRAIN, "part") for path in paths]
+
+
+def pixels_of(sample: Sample) -> NDArray[np.uint8]:
+    """H x W x 3."""
+    return np.array(Image.open(sample.image))
 
 
 def stability(given: argparse.Namespace, device: str, folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from twinspect import device as device_module
 from twinspect.cli import app
 from twinspect.commands.fit import merged
 from twinspect.config import RunConfig
-from twinspect.device import choose_device, cpu_quota, granted_threads, in_fp32, usable_cores
+from twinspect.device import choose_device, cpu_quota, gpu_arithmetic, granted_threads, usable_cores
 from twinspect.errors import ConfigError
 from twinspect.training.distributed import backend_of, joined, own_device
 from twinspect.training.fit import fit
@@ -96,23 +97,30 @@ def test_auto_precision_is_bf16_on_a_gpu_only() -> None:
             assert (x @ x).dtype == dtype
 
 
-def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before in (True, False):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
-        with in_fp32("cuda"):
-            assert torch.backends.cudnn.allow_tf32 is False
-        with in_fp32("cpu"):
-            assert torch.backends.cudnn.allow_tf32 is before
-        assert torch.backends.cudnn.allow_tf32 is before
+@pytest.mark.parametrize(("precision", "short"), [("fp32", False), ("tf32", True)])
+def test_products_on_a_gpu_are_what_was_asked_for(precision: str, short: bool) -> None:
+    def now() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = now()
+    with gpu_arithmetic("cuda:0", precision):
+        assert now() == (short, short)
+        with gpu_arithmetic("cpu"):
+            assert now() == (short, short)
+        with suppress(KeyError), gpu_arithmetic("cuda"):
+            assert now() == (False, False)
+            raise KeyError
+        assert now() == (short, short)
+    assert now() == before
 
 
 def test_a_cpu_run_leaves_a_callers_own_flags_of_cudnn_alone() -> None:
     code = (
         "import torch\n"
-        "from twinspect.device import in_fp32\n"
+        "from twinspect.device import gpu_arithmetic\n"
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
         "torch.backends.cudnn.rnn.fp32_precision = 'tf32'\n"
-        "with in_fp32('cpu'): pass\n"
+        "with gpu_arithmetic('cpu'): pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, OutputError, TrainingError
 from twinspect.models.contract import build_model
 from twinspect.training.fit import fit
+from twinspect.training.loop import StableAdamW, WorkFolder
 from twinspect.types import silent
 
 
@@ -92,6 +94,7 @@ import sys, time
 from pathlib import Path
 from tiny import run_config, train_samples
 from twinspect.training.fit import fit
+from twinspect.training.loop import StableAdamW, WorkFolder
 
 def slow(stage, done, total):
     time.sleep(0.1 if stage.startswith("training") else 0)
@@ -318,3 +321,23 @@ def test_teacher_is_untouched_by_training(parts: Path) -> None:
 
     fitted = run(parts, run_config("efficientnet-lite0", pretrained=True, size=128, steps=1))
     assert fitted.model.teacher.hash() == create_teacher("efficientnet-lite0").hash()
+
+
+def test_saving_a_large_state_takes_a_twentieth_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, takes = [0.0], [0.1]
+    monkeypatch.setattr("twinspect.training.loop.time.monotonic", lambda: now[0])
+    student = torch.nn.Linear(2, 2)
+    folder = WorkFolder(tmp_path, student, StableAdamW(student.parameters(), lr=0.1), "print")
+
+    def slow_save(*_: object, **__: object) -> None:
+        now[0] += takes[0]
+        (tmp_path / f"checkpoint.safetensors.{os.getpid()}.new").touch()
+
+    monkeypatch.setattr("twinspect.training.loop.save_file", slow_save)
+    for takes[0], next_due in ((0.1, 0.0), (3.0, 60.0)):
+        assert folder.due
+        folder.save(1, {})
+        now[0] += next_due - 0.5
+        assert folder.due is (next_due == 0.0)
+        now[0] += 0.5
+        assert folder.due

@@ -289,7 +289,10 @@ class TrainConfig:
         "(as the images look).", "auto", accepts=("auto", "fixed", "free"),
     )  # fmt: skip
     time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
-    checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
+    checkpoint_every: int = option(
+        "Steps between checkpoints that a killed run resumes from; more of them where saving takes long.", 20,
+        accepts=Range(1),
+    )  # fmt: skip
     tolerate: str = option("Changes of good images that are no anomaly: jpeg, light, shift, separated by commas.", "")
     holdout: float = option(
         "Share of good images on which the students are measured, and not trained.", 0.2, accepts=Range(0.05, 0.5)

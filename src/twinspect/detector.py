@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.decide.decision import HAND, Threshold
+from twinspect.device import choose_device
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError, listed
 from twinspect.types import TRAIN, Sample, silent
 
@@ -256,7 +257,8 @@ class Detector:
         from twinspect.inference.predictor import Predictor, TorchRuntime
 
         if self._predictor is None:
-            self._predictor = Predictor(TorchRuntime(self.fitted.model), self.fitted.decision)
+            device = choose_device(self.config.train.device)
+            self._predictor = Predictor(TorchRuntime(self.fitted.model, device), self.fitted.decision)
         return self._predictor
 
     def save(self, path: str | Path) -> Path:
@@ -266,8 +268,8 @@ class Detector:
         return save(self.fitted, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path) -> Detector:
-        """Read a bundle.
+    def load(cls, path: str | Path, device: str = "auto") -> Detector:
+        """Read a bundle; ``device`` is where it predicts: ``auto`` (a GPU where there is one), ``cpu``, ``cuda:1``.
 
         Raises:
             BundleError: damaged, tampered with, or too new.
@@ -275,7 +277,8 @@ class Detector:
         from twinspect.bundle import load
 
         fitted = load(Path(path))
-        detector = cls(config=fitted.config)
+        train = dataclasses.replace(fitted.config.train, device=device)  # not where it was trained
+        detector = cls(config=dataclasses.replace(fitted.config, train=train))
         detector._fitted = fitted
         return detector
 

@@ -86,23 +86,24 @@ def choose_device(name: str) -> str:
 
 
 @contextmanager
-def in_fp32(device: str) -> Iterator[None]:
-    """While entered, fp32 on a GPU means fp32.
+def gpu_arithmetic(device: str, precision: str = "fp32") -> Iterator[None]:
+    """While entered, products on a GPU are what ``precision`` says: ``fp32``, or ``tf32``, which keeps ten bits.
 
-    Convolutions there round to ten bits (TF32) unless told not to; caches would then differ between devices, and
-    thresholds would be those of other features than a CPU sees.
+    Torch's own choice for convolutions is tf32. Caches would then differ between devices, and thresholds would be
+    those of other features than a CPU sees.
     """
     import torch
 
-    if not device.startswith("cuda"):  # where the flag does not matter; reading it raises if a caller set it by layer
+    if not device.startswith("cuda"):  # where the flags do not matter; reading them raises if a caller set others
         yield
         return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    networks, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = networks.allow_tf32, products.allow_tf32
     try:
+        networks.allow_tf32 = products.allow_tf32 = precision == "tf32"
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        networks.allow_tf32, products.allow_tf32 = before
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -116,7 +116,7 @@ def sign(options: SignOptions, console: Console) -> None:
 def bench(options: BenchOptions, console: Console) -> None:
     """Measure a model on this machine: a table for people, one line of JSON at the end."""
     batches = parse_batches(options.batch)
-    predictor = load_predictor(options.model, options.threads, 1)
+    predictor = load_predictor(options.model, options.threads, 1, options.device)
     files, images = _files(options.images)
     rows, shown = [], []
     for done, batch in enumerate(batches):

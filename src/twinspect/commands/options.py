@@ -104,6 +104,7 @@ class BenchOptions:
     model: Path = argument("Bundle (.twin) or exported model.")
     batch: str = option("Images per call, separated by commas.", "1,16")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
+    device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     images: Path | None = option("Images to decode; without it made-up JPEGs.", None)
     seconds: float = option("Spent on each batch size.", 10.0, accepts=Range(0.001, 86_400))
 

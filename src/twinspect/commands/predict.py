@@ -46,7 +46,7 @@ def write_reports(job: Job, review: Review, console: Console) -> None:
     answers, name = review.answers(), job.model.name
 
     def again(names: list[str]) -> Iterator[Result]:
-        predictor = load_predictor(job.model, job.threads, job.batch, job.device)
+        predictor = load_predictor(job.model, job.threads, job.batch, job.device, job.precision)
         return predictor.predict([by_name(name) for name in names], class_name=job.class_name or None)
 
     images = sum(len(review.columns(class_name)[0]) for class_name in review.classes)

@@ -28,6 +28,7 @@ from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, find_leaks, make_splits
+from twinspect.device import choose_device
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor, TorchRuntime
@@ -197,7 +198,8 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     fitted = fit([*split.train, *split.calibration], config, work, console.progress)
     fit_s = time.monotonic() - began
     results.warn_of(fitted, console)
-    measured = measure(Predictor(TorchRuntime(fitted.model), fitted.decision), split, console)
+    runtime = TorchRuntime(fitted.model, choose_device(config.train.device))
+    measured = measure(Predictor(runtime, fitted.decision), split, console)
     result = {
         **measured.values,
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},

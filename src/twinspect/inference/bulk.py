@@ -155,7 +155,7 @@ def _listed(job: Job, store: PartStore, unit: Unit, skipped: Skipped) -> Iterato
 
 
 def _loaded(job: Job) -> Predictor:
-    predictor = load_predictor(job.model, job.threads, job.batch, job.device)
+    predictor = load_predictor(job.model, job.threads, job.batch, job.device, job.precision)
     predictor.decision.checked_class(job.class_name or None)
     processes = max(1, min(8, (os.cpu_count() or 1) - 1)) if job.workers < 0 and job.keeps_parts else job.workers
     if processes > 0:

@@ -73,6 +73,11 @@ class Job:
     workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1, accepts=Range(-1, 512))
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
+    precision: str = option(
+        "Of a bundle on a GPU: fp32, or tf32: twice as fast, scores differ a little.",
+        "fp32",
+        accepts=("fp32", "tf32"),
+    )
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))
     watch: bool = option(
         "Go on with images that arrive in the folders, until it is stopped; rows go to --out -.", False, "--watch"

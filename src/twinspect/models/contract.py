@@ -210,7 +210,8 @@ class AnomalyModel(nn.Module):
         """A map that is 0 outside of the region of interest."""
         if self.roi_SS is None:
             return map_B1HW
-        return map_B1HW * F.adaptive_max_pool2d(self.roi_SS[None, None].float(), self.scorer.map_side)
+        share_11HW = F.adaptive_avg_pool2d(self.roi_SS[None, None].float(), self.scorer.map_side)
+        return map_B1HW * (share_11HW > 0)
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:
         """The pixels the student looks at: averaged to ``pixel_side``, or none at all (B x 3 x 0 x 0)."""

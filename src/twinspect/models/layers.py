@@ -58,14 +58,13 @@ class LinearAttention(nn.Module):
         _, count, width = x_BND.shape
         parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
         q, k, v = (_on_tokens(x_BND, weight, bias) for weight, bias in parts)
-        # Sums over N in fp32: thousands of positive terms lose digits in bf16.
-        q, k, v = (self._bundled(part) for part in ((F.elu(q) + 1).float(), (F.elu(k) + 1).float(), v.float()))
-        with torch.autocast(x_BND.device.type, enabled=False):
-            context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
-            total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
-            norm = (q @ total).clamp_min(1e-6)[..., None]
-            mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-2], width // self.heads) / norm
-        return cast(Tensor, self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype)))
+        # In bf16 too, sums over N are added up in fp32: by the products themselves, and by autocast's sum.
+        q, k, v = (self._bundled(part) for part in (F.elu(q) + 1, F.elu(k) + 1, v))
+        context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
+        total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
+        norm = (q @ total).clamp_min(1e-6)[..., None]
+        mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-2], width // self.heads) / norm
+        return cast(Tensor, self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width)))
 
     def _bundled(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x G x N x C."""

@@ -32,7 +32,7 @@ from twinspect.data.images import read_header, read_sized_rgb
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import Decision, image_id, mixed_up
-from twinspect.device import in_fp32, keep_freed_memory, peak_mb
+from twinspect.device import gpu_arithmetic, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
 from twinspect.inference.decode import OVERLAP, Tiles
@@ -152,7 +152,7 @@ def fit(
             raise ConfigError("training cannot go on from a model with tiles; train a new one on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
-    with in_fp32(group.device.type):
+    with gpu_arithmetic(group.device.type):
         dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {row["path"] for row in dropped}
         rest = [s for s in samples if s.name not in paths]

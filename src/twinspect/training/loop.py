@@ -30,6 +30,7 @@ from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
 _CHECKPOINT = "checkpoint.safetensors"
+_SHORT_SAVE = 0.2  # seconds
 LOG = "train.jsonl"
 LOCK = "lock"  # held by the run that writes in a folder
 
@@ -88,7 +89,7 @@ def train(
             over = config.time_budget_s and group.share(lambda: time.monotonic() - began > config.time_budget_s)
             if folder is not None:
                 folder.log(step, terms, len(part) * group.world)
-                if done % config.checkpoint_every == 0 or done == config.steps or over:
+                if (done % config.checkpoint_every == 0 and folder.due) or done == config.steps or over:
                     folder.save(done, terms)
             if over:
                 stopped = "time budget"
@@ -212,12 +213,12 @@ class StableAdamW(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] |= {"step": torch.zeros(())} | {n: torch.zeros_like(parameter) for n in moments}
         states = [self.state[parameter] for parameter in parameters]
-        for state in states:
-            state["step"] += 1
+        taken = [state["step"] for state in states]  # on the CPU, whatever the device
+        torch._foreach_add_(taken, 1)
         averages = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
         beta_1, beta_2 = group["betas"]
-        counts = [float(state["step"]) for state in states]  # on the CPU, whatever the device
+        counts = torch.stack(taken).tolist()
         torch._foreach_lerp_(averages, grads, 1 - beta_1)
         torch._foreach_mul_(squares, beta_2)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta_2)
@@ -246,7 +247,13 @@ class WorkFolder:
 
     def __init__(self, folder: Path, student: nn.Module, optimiser: Optimizer, fingerprint: str) -> None:
         self._folder, self._student, self._optimiser, self._fingerprint = folder, student, optimiser, fingerprint
-        self._began = time.monotonic()
+        self._began = self._saved = time.monotonic()
+        self._took = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save: the state of a large model takes seconds, and gets a twentieth of the run."""
+        return self._took < _SHORT_SAVE or time.monotonic() - self._saved >= 20 * self._took
 
     def load(self) -> tuple[int, dict[str, float]]:
         """Take up the state that a killed run left: steps already taken (0 without a checkpoint), last loss terms."""
@@ -285,7 +292,7 @@ class WorkFolder:
         tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in self._student.state_dict().items()}
         for index, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
-        new = self._folder / f"{_CHECKPOINT}.{os.getpid()}.new"
+        new, began = self._folder / f"{_CHECKPOINT}.{os.getpid()}.new", time.monotonic()
         try:
             meta = {"step": str(step), "terms": json.dumps(terms), "fingerprint": self._fingerprint}
             save_file(tensors, new, metadata=meta)
@@ -294,6 +301,8 @@ class WorkFolder:
             raise TrainingError(
                 f"no checkpoint can be written in {self._folder} ({error}); free some disk or give --work"
             ) from None
+        self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def log(self, step: int, terms: Mapping[str, float], images: int) -> None:
         """Add a step's loss terms to the log, a JSON line."""
