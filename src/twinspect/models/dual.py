@@ -57,15 +57,13 @@ TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (D
 
 def resolved(config: ModelConfig, info: BackboneInfo, size: int) -> ModelConfig:
     """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN."""
-    vit = info.vit
+    shrink = config.ee_shrink or (1 if info.vit else round(size / 64))
     return replace(
         config,
-        width=config.width or (info.channels[0] if vit else 64),
-        depth=config.depth or (8 if vit else 1),
-        ee_shrink=whole_divisor(
-            size, config.ee_shrink or (1 if vit else round(size / 64)), info.multiple if vit else 1
-        ),
-        ee_depth=config.ee_depth or (1.0 if vit else 0.25),
+        width=config.width or (info.channels[0] if info.vit else 64),
+        depth=config.depth or (8 if info.vit else 1),
+        ee_shrink=whole_divisor(size, shrink, info.multiple if info.vit else 1),
+        ee_depth=config.ee_depth or (1.0 if info.vit else 0.25),
         scoring=config.scores(),
     )
 

@@ -23,8 +23,8 @@ _CLIPS = (nn.ReLU, nn.ReLU6)
 
 
 @torch.no_grad()
-def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> int:
-    """Fold every batch norm that follows a convolution directly; returns how many were folded.
+def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> None:
+    """Fold every batch norm that follows a convolution directly.
 
     What clips right behind a norm, and padding of TensorFlow's kind, moves into the convolutions: see `FrozenConv`.
 
@@ -32,9 +32,8 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
     ``net``), so any CNN works; a norm fed by anything else is left alone. A convolution that also feeds something
     else (pre-activation networks) is not folded. The network must be in eval mode and stays frozen for life.
     """
-    pairs = _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64))))
     replaced: dict[int, nn.Module] = {}
-    for conv, norm in pairs:
+    for conv, norm in _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64)))):
         _fold(conv, norm)
         # What timm's combined norm-and-activation layers still have to do once the norm is gone.
         then = norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()
@@ -47,7 +46,6 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
                 setattr(parent, name, replaced[id(child)])
             elif pads_unevenly(child):
                 setattr(parent, name, FrozenConv(child))
-    return len(pairs)
 
 
 class FrozenConv(nn.Module):

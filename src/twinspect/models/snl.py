@@ -98,7 +98,7 @@ def gather_batch(part_B: Tensor) -> Tensor:
     of processes; averaging parameter gradients over processes, as data-parallel training does, then gives exactly
     the gradient of one process with the whole batch. Without a process group the part is the batch.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return part_B
     before, behind = (ranks * len(part_B) for ranks in (dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()))
     joined: Tensor = AllSum.apply(F.pad(part_B, (0, 0) * (part_B.dim() - 1) + (before, behind)), None)  # type: ignore[no-untyped-call]

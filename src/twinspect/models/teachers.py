@@ -265,7 +265,6 @@ def _thin_stages(net: Any, depth: float) -> None:
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     """(channels, stride) of every intermediate a CNN returns, read from a tiny forward pass."""
-    was_training = net.training
     net.eval()
     try:
         with torch.no_grad():
@@ -274,7 +273,7 @@ def _cnn_stages(net: Any) -> list[tuple[int, int]]:
         raise ConfigError(
             f"{type(net).__name__} takes images of its own size only ({error}); choose another teacher"
         ) from None
-    net.train(was_training)
+    net.train()
     return [(m.shape[1], 64 // m.shape[2]) for m in maps]
 
 
