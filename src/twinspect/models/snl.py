@@ -316,10 +316,11 @@ class StructuralModel(AnomalyModel):
             map_B1HW, peak_B = published_map(distances, self.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
-            map_Bhw, *affinity = self.distance_maps(pairs)
-            for affinity_Bhw in affinity:
+            maps = self.distance_maps(pairs)
+            map_Bhw = maps[0]
+            if self.structure.affinity_map:
                 features, affinities = self.map_means_2.unbind()
-                map_Bhw = map_Bhw / features + self.structure.affinity_map * affinity_Bhw / affinities
+                map_Bhw = maps[0] / features + self.structure.affinity_map * maps[1] / affinities
             peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
         return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
 

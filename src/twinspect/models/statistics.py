@@ -42,8 +42,8 @@ class PositionGaussian(nn.Module):
     place_KND: Tensor
     step_KD: Tensor
     whiten_KDD: Tensor
-    level_Khw: Tensor
-    spread_Khw: Tensor
+    level_Khw: Tensor  # mean of the distance on good images, which `training.normal` measures
+    spread_Khw: Tensor  # its standard deviation
 
     def __init__(self, dims: int, side: int, window: int = 1) -> None:
         super().__init__()
@@ -103,10 +103,6 @@ class PositionGaussian(nn.Module):
         images = images_K[:, None, None]
         away_KND = self.place_KND.float() * self.step_KD[:, None] * (images + PLACE_PRIOR)
         return away_KND + images * self.centre_KD[:, None]
-
-    def set_scale(self, level_Khw: Tensor, spread_Khw: Tensor) -> None:
-        """Take level and spread of the distance at every position of every cluster."""
-        self.level_Khw, self.spread_Khw = level_Khw.float(), spread_Khw.float()
 
 
 def average(map_Bhw: Tensor, window: int) -> Tensor:

@@ -399,7 +399,8 @@ class _Fitting:
                 scales.append(_level_and_spread(total, square, count))
                 for place in places if g in scorer.scored else ():
                     reading_n[place] = _reading(distance_nhw[place], total, square, count)
-            gaussian.set_scale(*(torch.stack(column).to(device) for column in zip(*scales, strict=True)))
+            columns = (torch.stack(column).to(device).float() for column in zip(*scales, strict=True))
+            gaussian.level_Khw, gaussian.spread_Khw = columns
             if g in scorer.scored:
                 readings.append(reading_n)
         scorer.map_level_KG, scorer.map_spread_KG = level_KG, spread_KG
