@@ -163,7 +163,7 @@ def weigh(model: AnomalyModel, row: Row, answers: Answers, at: NDArray[np.int64]
     scorer, good = model.scorer, answers.good
     local, semantic = scorer.student_readings
     first = scorer.local_count + semantic
-    order = [i for i in ORDER if i < len(scorer.plans)][: row.groups]
+    order = [i for i in ORDER if i < len(scorer.patches)][: row.groups]
     place = {g: local + i for i, g in enumerate(scorer.scored)}
     weight_R = torch.zeros_like(scorer.weight_R)
     students = [*range(local), *range(scorer.local_count, first)]
@@ -284,8 +284,8 @@ def another(model: AnomalyModel, name: str, value: float) -> Iterator[None]:
     windows = [one.window for one in scorer.gaussians()]
     for room in rooms:
         setattr(room, name, value)
-    for gaussian, plan in zip(scorer.gaussians(), scorer.plans, strict=True):
-        gaussian.window = scorer_room._window(plan.stride)
+    for gaussian in scorer.gaussians():
+        gaussian.window = scorer_room._window(gaussian.plan.stride)
     try:
         yield
     finally:
@@ -320,7 +320,7 @@ def run_constants(problem: Problem, args: argparse.Namespace, store: Store, cons
                 scorer = model.scorer
                 students = scorer.students(answers.reading_tR, answers.cluster_t)
                 score, _ = scorer.joined(students, answers.cluster_t)
-                maps = maps_of(scorer, answers, at, range(len(scorer.plans)))
+                maps = maps_of(scorer, answers, at, range(len(scorer.patches)))
                 found = judge(problem, at, masks, score.numpy(), torch.cat(maps) if maps else torch.zeros(0))
             console.say(f"{problem.set}: {name} {value:g}: {headline(found)}")
             store.add(key, {"set": problem.set, "constant": name, "value": value, "found": found})

@@ -78,7 +78,7 @@ def job_of(given: argparse.Namespace, squares: Sequence[Sample], folder: Path) -
     from twinspect.models.weights import SHORT_NAMES, find_weights, load_state
 
     teacher = Teacher(given.teacher, SHORT_NAMES.get(given.teacher, given.teacher))
-    load_state(teacher.net, find_weights(given.teacher, given.weights), given.teacher)
+    load_state(teacher.net, find_weights(given.teacher, given.weights)[0], given.teacher)
     save_file({k: v.contiguous() for k, v in teacher.net.state_dict().items()}, folder / "teacher.safetensors")
     job = {
         "arch": teacher.info.arch,

@@ -41,7 +41,7 @@ class Bank:
     """
 
     def __init__(self, teacher: Teacher, samples: Sequence[Sample], size: int, grid: int, progress: Progress) -> None:
-        if teacher.is_vit or not set(STAGES) <= set(teacher.levels):
+        if teacher.info.vit or not set(STAGES) <= set(teacher.levels):
             raise ConfigError(
                 f"{teacher.name}: the baselines need an EfficientNet: efficientnet-lite0, -lite1 or -lite2"
             )

@@ -112,9 +112,8 @@ class Slow:
 
     def distances(self, g: int) -> np.ndarray:
         """Of patches (n x h x w): from the means without the image, by the covariance of the other half."""
-        scorer, side = self.model.scorer, self.model.scorer.all_grids()[g].side
-        gaussian = scorer.gaussians()[g]
-        feature_nND = gaussian.rows(scorer.all_grids()[g](self.observed)).double().numpy()
+        gaussian = self.model.scorer.gaussians()[g]
+        side, feature_nND = gaussian.side, gaussian.patches(self.observed).double().numpy()
         found = np.zeros((24, side, side))
         for own in self.own:
             rows, centre = feature_nND[own], feature_nND[own].mean((0, 1))

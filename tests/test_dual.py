@@ -16,7 +16,8 @@ from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_o
 from twinspect.models.contract import Observed, build_model, fit_size
 from twinspect.models.dual import DualModel
 from twinspect.models.layers import surprise
-from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
+from twinspect.models.scorer import LayerGroup
+from twinspect.models.statistics import NearestImages, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.training.fit import choose_images, fit_scales
 from twinspect.training.normal import fit_statistics
@@ -219,7 +220,7 @@ def test_plain_scores_are_the_paper_and_nothing_else(plain: Detector, parts: Pat
 
 def test_plain_scoring_keeps_no_statistics_of_good_images_but_its_calibration(plain: Detector) -> None:
     scorer = plain.fitted.model.scorer
-    kinds = (PositionGaussian, TokenGaussian, NearestImages)
+    kinds = (LayerGroup, TokenGaussian, NearestImages)
     assert not [module for module in scorer.modules() if isinstance(module, kinds)]
     sizes = {name: value.numel() for name, value in scorer.state_dict().items() if not name.startswith("clusters.")}
     assert sum(sizes.values()) <= 16, sizes

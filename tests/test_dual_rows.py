@@ -27,7 +27,7 @@ def slow_resample(maps: torch.Tensor, side: int) -> torch.Tensor:
 def slow_groups(model: DualModel, observed: Observed) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Maps of the layer groups, and the decoder's input: maps of a CNN, tokens of a ViT."""
     selection = model.selection
-    if model.teacher.is_vit:
+    if model.teacher.info.vit:
         levels = []  # every level as its group's mean: the mean of all levels is then the mean of these
         for g, members in enumerate(selection.levels):
             tokens = torch.cat([observed.prefix_BMPD[:, g], to_tokens(observed.maps[g])], 1)
@@ -59,7 +59,7 @@ def slow_block(block: DecoderBlock, x: torch.Tensor) -> torch.Tensor:
 def slow_decoder(model: DualModel, trunk: torch.Tensor) -> list[torch.Tensor]:
     """Predicted maps of the groups."""
     local = model.student.local
-    if model.teacher.is_vit:
+    if model.teacher.info.vit:
         x = local.bottleneck.net(trunk)
         outputs = list(itertools.accumulate(local.blocks, lambda y, block: slow_block(block, y), initial=x))[1:]
         half, prefix = len(outputs) // 2, model.teacher.info.prefix_tokens
@@ -103,7 +103,7 @@ def slow_plain(model: DualModel, observed: Observed, small: torch.Tensor) -> tup
 # ------------------------------------------------------------------------------- statistics of good images
 
 
-def slow_features(scorer: Scorer, plan: GroupPlan, side: int, observed: Observed) -> torch.Tensor:
+def slow_features(plan: GroupPlan, side: int, observed: Observed) -> torch.Tensor:
     """Features of a layer group, B x D x h x w."""
     maps = observed.coarse if plan.coarse else observed.maps
     if plan.region == 1:
@@ -150,16 +150,16 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
     """Outputs of default scoring, image by image."""
     scorer, found = model.scorer, []
     _, plain = slow_plain(model, observed, small)
-    groups = list(zip(scorer.plans, scorer.all_grids(), scorer.gaussians(), strict=True))
-    features = [slow_features(scorer, plan, grid.side, observed) for plan, grid, _ in groups]
+    groups = scorer.gaussians()
+    features = [slow_features(one.plan, one.side, observed) for one in groups]
     bank = scorer.nearest.bank_nF.float()
     for b in range(len(plain)):
         clusters = scorer.clusters
         apart = (observed.tokens[0][b] @ clusters.project_EP - clusters.centres_KP).square().sum(1)
         k = int(apart.argmin())
-        maps = [slow_distance(one, f[b], k) for (_, _, one), f in zip(groups, features, strict=True)]
+        maps = [slow_distance(one, f[b], k) for one, f in zip(groups, features, strict=True)]
         scaled = [(m - one.level_Khw[k]) / one.spread_Khw[k]
-                  for m, (plan, _, one) in zip(maps, groups, strict=True) if plan.scored]  # fmt: skip
+                  for m, one in zip(maps, groups, strict=True) if one.plan.scored]  # fmt: skip
         local = [float(plain[b, 0]), *(largest(one, TOP_SHARE) for one in scaled)]
         tokens = zip(scorer.token_gaussians(), observed.tokens, strict=True)
         away = 1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)
@@ -172,8 +172,8 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         both = torch.tensor([counted[: len(local)].sum(), counted[len(local) :].sum()])
         z = z_of(scorer.standardise_students, both, k)
         large = []
-        for g, (m, (plan, _, one)) in enumerate(zip(maps, groups, strict=True)):
-            if not plan.mapped:
+        for g, (m, one) in enumerate(zip(maps, groups, strict=True)):
+            if not one.plan.mapped:
                 continue
             spread = np.maximum(one.spread_Khw[k].numpy(), float(scorer.map_spread_KG[k, g]))
             surprising = slow_surprise((m.numpy() - float(scorer.map_level_KG[k, g])) / spread)

@@ -20,7 +20,6 @@ from twinspect.files import lock, sha256_of
 from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
-    WeightsSource,
     fetch,
     fetch_lines,
     find_weights,
@@ -153,7 +152,7 @@ def test_fetch_writes_file_and_record_and_needs_no_network_again(hub: Hub) -> No
     assert json.loads(record_file(path).read_text()) == {
         "repo": repository(NAME), "file": "model.safetensors", "revision": COMMIT, "sha256": SHA, "size": len(BODY),
     }  # fmt: skip
-    assert find_weights(NAME).path == path
+    assert find_weights(NAME)[0] == path
     asked = len(hub.requests)
     assert fetch(NAME) == path
     assert len(hub.requests) == asked
@@ -258,11 +257,11 @@ def test_a_file_changed_after_it_was_fetched_is_refused_and_fetched_again(hub: H
     path = fetch(NAME)
     path.write_bytes(BODY[:-1] + b"\x7f")
     with pytest.raises(WeightsError, match="damaged or replaced"):
-        load_state(torch.nn.Linear(1, 1), find_weights(NAME), NAME)
+        load_state(torch.nn.Linear(1, 1), path, NAME)
     assert fetch(NAME).read_bytes() == BODY
     record_file(path).write_text("{")
     with pytest.raises(WeightsError, match="is damaged"):
-        load_state(torch.nn.Linear(1, 1), WeightsSource(path, "x"), NAME)
+        load_state(torch.nn.Linear(1, 1), path, NAME)
     assert sha256_of(fetch(NAME)) == SHA
 
 

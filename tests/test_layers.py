@@ -60,7 +60,7 @@ def test_linear_attention_in_bf16_keeps_its_type() -> None:
 def test_blocks_keep_shape_and_noise_is_for_training_only() -> None:
     x = torch.randn(2, 9, 16)
     assert DecoderBlock(16, 2)(x).shape == x.shape
-    bottleneck = NoisyBottleneck(16, 8, 0.4)
+    bottleneck = NoisyBottleneck(16, 8, 0.4, 4.0)
     assert bottleneck(x).shape == (2, 9, 8)
     assert not torch.equal(bottleneck.train()(x), bottleneck(x))
     assert torch.equal(bottleneck.eval()(x), bottleneck(x))

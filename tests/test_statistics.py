@@ -155,7 +155,7 @@ def test_leaving_an_image_out_of_the_means_is_exact(count: int) -> None:
 def test_level_and_spread_of_a_position_scale_its_distance() -> None:
     gaussian = PositionGaussian(3, 4)
     level, spread = normal(2, 4, 4).abs(), normal(2, 4, 4, seed=1).abs() + 0.5
-    gaussian.set_scale(level.double(), spread.double())
+    gaussian.level_Khw, gaussian.spread_Khw = level, spread
     distance, cluster = normal(3, 4, 4, seed=2), torch.tensor([1, 0, 1])
     for b, v in enumerate(cluster.tolist()):
         slow = (distance[b] - level[v]) / spread[v]

@@ -54,7 +54,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 def test_contract(name: str) -> None:
     one = teacher(name)
     info = one.info
-    assert info.kind == ("vit" if name in VITS else "cnn")
+    assert info.vit == (name in VITS)
     assert len(info.channels) == len(info.strides) >= 2
     assert info.default_size % info.multiple == 0
     assert all(info.multiple % stride == 0 for stride in info.strides)
@@ -244,7 +244,7 @@ def test_embedded_weights_give_the_stored_features(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_embedded_weights_are_matched_kind_by_kind(name: str) -> None:
     """The package's tensors go to ours by order; then every name must end alike (weight, running_var ...)."""
-    theirs = read_state(find_weights(name).path)
+    theirs = read_state(find_weights(name)[0])
     ours = timm.create_model(SHORT_NAMES[name], pretrained=False).state_dict()
     assert [k.rpartition(".")[2] for k in theirs] == [k.rpartition(".")[2] for k in ours]
     assert [v.shape for v in theirs.values()] == [v.shape for v in ours.values()]

@@ -27,7 +27,7 @@ from twinspect import Detector
 from twinspect.bundle import Fitted
 from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, OutputError, TrainingError
-from twinspect.models.contract import legal_size
+from twinspect.models.contract import build_model
 from twinspect.training.fit import fit
 from twinspect.training.loop import StableAdamW, WorkFolder
 from twinspect.types import silent
@@ -308,10 +308,12 @@ def test_calibration_images_are_not_trained_on(parts: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "multiple", "legal"), [(450, 14, 448), (64, 32, 128), (392, 14, 392), (500, 32, 512)]
+    ("size", "teacher", "multiple", "legal"),
+    [(150, RANDOM, 16, 144), (80, RANDOM, 16, 80), (64, "resnet18", 32, 128), (115, "resnet18", 32, 128)],
 )
-def test_other_sizes_are_brought_to_a_multiple(size: int, multiple: int, legal: int) -> None:
-    assert legal_size(size, multiple) == legal
+def test_other_sizes_are_brought_to_a_multiple(size: int, teacher: str, multiple: int, legal: int) -> None:
+    model = build_model(run_config(teacher, size=size).model)
+    assert (model.teacher.info.multiple, model.size) == (multiple, legal)
 
 
 def test_teacher_is_untouched_by_training(parts: Path) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 _EPS = 1e-8
-Gather = Callable[[Tensor], Tensor]
 
 
 def flat_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
@@ -22,7 +21,11 @@ def flat_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
 
     Source: the Encoder-Decoder loss of arXiv 2509.24448, one layer group.
     """
-    return 1.0 - _cosine(teacher_BDhw.detach().flatten(1).float(), student_BDhw.flatten(1).float())
+    vectors = teacher_BDhw.detach().flatten(1).float(), student_BDhw.flatten(1).float()
+    # `F.cosine_similarity` copies both, which are the largest tensors of a step.
+    lengths = [torch.linalg.vector_norm(vector, dim=1).clamp_min(_EPS) for vector in vectors]
+    distance_B: Tensor = 1.0 - (vectors[0] * vectors[1]).sum(1) / lengths[0] / lengths[1]
+    return distance_B
 
 
 def position_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
@@ -30,16 +33,16 @@ def position_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tens
     return 1.0 - F.cosine_similarity(teacher_BDhw.detach().float(), student_BDhw.float(), dim=1, eps=_EPS)
 
 
-def easy_share(step: int, ramp_steps: int = 1000, final: float = 0.9) -> float:
-    """Share of positions treated as easy at a step: linear from 0 to ``final`` (Dinomaly)."""
-    return final * min(1.0, step / max(1, ramp_steps))
+def easy_share(step: int, ramp_steps: int) -> float:
+    """Share of positions treated as easy at a step: linear from 0 to 0.9 (Dinomaly)."""
+    return 0.9 * min(1.0, step / max(1, ramp_steps))
 
 
-def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor: float = 0.1) -> list[Tensor]:
-    """Return sums per position (B x N each) with the gradient of the easiest positions scaled by ``factor``.
+def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Return sums per position (B x N each) with the gradient of the easiest positions scaled by f = 0.1.
 
     Easy are the ``share`` positions of the batch nearest to the teacher: all below `easy_limit`. Values do not
-    change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x). Whatever a loss takes from a position passes
+    change, only gradients: x -> f * x + (1 - f) * stopgrad(x). Whatever a loss takes from a position passes
     through its sums, so that scaling their gradients scales that of its features, which are far larger. Source:
     Dinomaly's loose loss.
     """
@@ -47,7 +50,7 @@ def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor:
         return list(sums)
     with torch.no_grad():
         distance_BN = 1.0 - cosine_BN
-        keep = torch.where(distance_BN < easy_limit(distance_BN, share), factor, 1.0)
+        keep = torch.where(distance_BN < easy_limit(distance_BN, share), 0.1, 1.0)
     return [keep * sum_BN + ((1.0 - keep) * sum_BN).detach() for sum_BN in sums]
 
 
@@ -90,13 +93,6 @@ def _mined_distance(teacher_BND: Tensor, student_BND: Tensor, share_easy: float)
     return distance_B
 
 
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine along the second axis; `F.cosine_similarity` copies both, which are the largest tensors of a step."""
-    lengths = [torch.linalg.vector_norm(vector, dim=1).clamp_min(_EPS) for vector in (x, y)]
-    cosine_B: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
-    return cosine_B
-
-
 def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Sequence[Tensor]) -> Tensor:
     """L_EE per image (B): mean over levels of 1 - cos between class tokens (B x D_l each).
 
@@ -109,7 +105,7 @@ def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Seque
     return torch.stack(terms).mean(0)
 
 
-def noisy_or_loss(local_B: Tensor, semantic_B: Tensor, reading: str = "n2") -> Tensor:
+def noisy_or_loss(local_B: Tensor, semantic_B: Tensor, reading: str) -> Tensor:
     """Joint objective of two per-image distances in [0, 2] (scalar), on normal images P -> 0.
 
     Readings of "Noisy-OR objective" (arXiv 2509.24448), P = 1 - (1 - p_ED)(1 - p_EE):
@@ -122,9 +118,7 @@ def noisy_or_loss(local_B: Tensor, semantic_B: Tensor, reading: str = "n2") -> T
     p_local, p_semantic = (local_B / 2).clamp(0.0, 1.0 - 1e-6), (semantic_B / 2).clamp(0.0, 1.0 - 1e-6)
     if reading == "n1":
         return (1.0 - (1.0 - p_local) * (1.0 - p_semantic)).mean()
-    if reading == "n2":
-        return -(torch.log1p(-p_local) + torch.log1p(-p_semantic)).mean()
-    raise ValueError(f"unknown Noisy-OR reading {reading!r}; accepted: n1, n2, n3")
+    return -(torch.log1p(-p_local) + torch.log1p(-p_semantic)).mean()
 
 
 # ------------------------------------------------------- structural terms (arXiv 2402.17091, our reading)
@@ -172,7 +166,10 @@ def _affinity_difference(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int) 
 
 
 def inter_affinity_loss(
-    teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 4, gather: Gather | None = None
+    teacher_BDhw: Tensor,
+    student_BDhw: Tensor,
+    side: int = 4,
+    gather: Callable[[Tensor], Tensor] = lambda part_B: part_B,
 ) -> Tensor:
     """How alike any two images of the batch are at a position, compared between teacher and student (scalar).
 
@@ -180,8 +177,7 @@ def inter_affinity_loss(
     matrices of cosines. Only a batch that mixes classes says how classes relate. With ``gather``
     (`twinspect.models.snl.gather_batch`) the batch is joined over all processes.
     """
-    join = gather or (lambda x: x)
-    t_PBD, s_PBD = (join(_unit_positions(x, side)).transpose(0, 1) for x in (teacher_BDhw.detach(), student_BDhw))
+    t_PBD, s_PBD = (gather(_unit_positions(x, side)).transpose(0, 1) for x in (teacher_BDhw.detach(), student_BDhw))
     return (t_PBD @ t_PBD.transpose(1, 2) - s_PBD @ s_PBD.transpose(1, 2)).square().mean()
 
 

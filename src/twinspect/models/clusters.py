@@ -18,14 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twinspect.models.statistics import shrunk_directions
+from twinspect.models.statistics import each_fold, random_folds, shrunk_directions
 
 # Sums of standard deviations that the means of two groups lie apart by, or they are one. Two products: mostly 7 and
 # more; two designs or lots of one product: 3 to 6.5; halves of one Gaussian: 1.3.
 GAP = 7.0
 SMALLEST, SMALLEST_OF_FEW = 16, 6  # images of a group, and of one where there are few
 _DIRECTIONS = (8, 16, 32, 64)  # principal directions that groups are looked for in, by turns
-_FOLDS = 5  # that images are parted in, to see which class each is taken for
+_MOST_COMPARED = 2000  # images of a cluster, to see how far they repeat each other
 _STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
 
 
@@ -84,12 +84,10 @@ class Clusters(nn.Module):
         classes: list[str],
         seed: int,
     ) -> Tensor:
-        """Take in further good images, of known classes or of new ones; the cluster of every image, old ones first.
+        """Take in further good images; the cluster of every image, known ones first, as in all that is given.
 
-        Images of a known class join the nearest cluster of that class; those of a new class are a cluster.
-
-        Tokens, embeddings and names are of the images that are known, then of the new ones; ``before_m`` are the
-        clusters of the known ones. New classes are added to ``classes``, which has the class of every cluster.
+        Images of a known class join the nearest cluster of that class; those of a new class are a cluster, and it is
+        added to ``classes``, which has the class of every cluster. ``before_m`` are the clusters of the known images.
         """
         classes += [name for name in dict.fromkeys(names) if name not in classes]
         fresh: list[int] = []
@@ -115,16 +113,11 @@ class Clusters(nn.Module):
         """Learn the centres, once it is known which class images are taken for by centres that did not see them."""
         self.link_K = repetition(embedding_nF, cluster_n, len(classes))
         if len(set(classes)) > 1:
-            order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
-            fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
-            fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-            for fold in range(min(_FOLDS, len(order))):
-                away, here = fold_n != fold, fold_n == fold
-                away |= (torch.bincount(cluster_n[away], minlength=self.count) == 0)[cluster_n]  # or a whole cluster
+            taken_n = torch.zeros_like(cluster_n)
+            for away, here in each_fold(random_folds(len(cluster_n), seed).to(cluster_n.device), cluster_n):
                 self._discriminate(token_nE[away], cluster_n[away])
                 taken_n[here] = self(token_nE[here])
-            pairs = zip(names, taken_n.tolist(), strict=True)
-            self.taken = Counter((name, classes[k]) for name, k in pairs)
+            self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))
         self._discriminate(token_nE, cluster_n)
 
     def _discriminate(self, token_nE: Tensor, cluster_n: Tensor) -> None:
@@ -153,7 +146,9 @@ def groups(token_nE: Tensor, seed: int) -> Tensor:
         if room < (2 if directions == _DIRECTIONS[0] else 2 * directions):
             return group_n
         points = principal(token_nE.double(), directions)
-        centres = drop_small(points, best_k_means(points, min(2 * directions, room), seed), smallest)
+        starts = [k_means(points, min(2 * directions, room), seed + start) for start in range(_STARTS)]
+        nearest = min(starts, key=lambda found: float(torch.cdist(points, found).amin(1).square().sum()))
+        centres = drop_small(points, nearest, smallest)
         part_n = merge_centres(points, centres, GAP)[torch.cdist(points, centres).argmin(1)]
         parts = int(part_n.max()) + 1
         # A few directions mix thirty products. More of them are trusted only if they tell many apart: of one product
@@ -217,13 +212,7 @@ def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
     return float(length * length / spread.clamp_min(1e-12))
 
 
-def best_k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
-    """Centres (count x P) of the start that leaves the points nearest to them."""
-    starts = [k_means(points_NP, count, seed + start) for start in range(_STARTS if count > 1 else 1)]
-    return min(starts, key=lambda centres: float(torch.cdist(points_NP, centres).amin(1).square().sum()))
-
-
-def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
+def k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
     """Centres (count x P) by k-means++ seeding and Lloyd's rounds; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     centres = points_NP[torch.randint(len(points_NP), (1,), generator=generator)]
@@ -232,7 +221,7 @@ def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tenso
         # Drawn on the CPU, so that a seed means the same everywhere.
         pick = torch.multinomial(nearest.clamp_min(1e-12).cpu(), 1, generator=generator)
         centres = torch.cat([centres, points_NP[pick]])
-    for _ in range(rounds):
+    for _ in range(50):
         owner = torch.cdist(points_NP, centres).argmin(1)
         new = torch.stack([points_NP[owner == k].mean(0) if (owner == k).any() else centres[k] for k in range(count)])
         if torch.equal(new, centres):
@@ -252,7 +241,7 @@ def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
     return centres_KP
 
 
-def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int = 2000) -> Tensor:
+def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int) -> Tensor:
     """How far the good images of each cluster repeat each other, 0 to 1 (K).
 
     On a production line every image has near-twins among the good ones: a small deviation means something. Where
@@ -263,7 +252,7 @@ def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int
     unit = nn.functional.normalize(embedding_nF, dim=1)
     links = torch.ones(clusters, device=embedding_nF.device)
     for k in range(clusters):
-        members = unit[cluster_n == k][:most]
+        members = unit[cluster_n == k][:_MOST_COMPARED]
         if len(members) < 4:
             continue  # too few to tell
         apart = (1.0 - members @ members.T).clamp_min(0.0)

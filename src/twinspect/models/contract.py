@@ -1,8 +1,7 @@
 """What every family of models is: teacher in, `Outputs` out, one path from pixels to scores.
 
 A family (a row of `twinspect.config.FAMILIES`) fills in a student, its training terms and its plain readings.
-Training, caching, statistics, bundles, prediction and exports know this contract only. First stand the records of the
-scoring path and which of the teacher's maps are kept, then the model.
+Training, caching, statistics, bundles, prediction and exports know this contract only.
 
 Shapes: B images, D channels, h w grid, M kept maps, N positions, P class and register tokens, E width of all global
 tokens together, F of the embedding, R readings, H W map, S input side.
@@ -11,6 +10,7 @@ tokens together, F of the embedding, R readings, H W map, S input side.
 from __future__ import annotations
 
 import importlib
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -75,15 +75,17 @@ class Selection(nn.Module):
 
     def __init__(self, info: BackboneInfo, size: int, parts: int) -> None:
         super().__init__()
-        vit, count = info.kind == "vit", len(info.channels)
-        # Members of every map, as indices of the teacher's levels.
-        self.levels = _parts(count, parts) if vit else [[i] for i in range(count)]
+        count = len(info.channels)
+        bounds = [i * count // parts for i in range(parts + 1)]
+        # Members of every map, as indices of the teacher's levels; where there are too few, parts share the last.
+        joined = [list(range(a, b)) or [min(a, count - 1)] for a, b in itertools.pairwise(bounds)]
+        self.levels = joined if info.vit else [[i] for i in range(count)]
         self.map_sides = [-(-size // info.strides[members[0]]) for members in self.levels]
         self.channels = [info.channels[members[0]] for members in self.levels]
         tokens = info.prefix_tokens  # kept ones are M x P x D, of a CNN 0 x 0 x 0
         self.prefix_shape = (len(self.levels), tokens, self.channels[0]) if tokens else (0, 0, 0)
         # Factors by which the views are smaller that tokens are taken of; by which that of coarse maps is, 0 without.
-        first = 1 if vit else whole_divisor(size, round(size / _RECOGNISED_AT), 1)
+        first = 1 if info.vit else whole_divisor(size, round(size / _RECOGNISED_AT), 1)
         second = first if first == 1 else whole_divisor(size, 2 * first, 1)  # a small input has no view to spare
         self.shrinks = (first,) if second == first else (first, second)
         self.coarse_shrink = next((s for s in self.shrinks if s > 1), 0)
@@ -144,12 +146,6 @@ class TokenScale(nn.Module):
         self.mean_E, self.scale_E = token_nE.mean(0), token_nE.std(0).clamp_min(1e-3)
 
 
-def _parts(count: int, parts: int) -> list[list[int]]:
-    """Levels in so many parts of about equal length; a part repeats the last level where there are too few."""
-    bounds = [i * count // parts for i in range(parts + 1)]
-    return [list(range(a, b)) or [min(a, count - 1)] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
 def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
     return map_BDhw if here == side else cast(Tensor, Resample(here, side).to(map_BDhw.device)(map_BDhw))
@@ -203,7 +199,7 @@ class AnomalyModel(nn.Module):
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""
         plain = self.plain(observed, small_B3SS) if self.scorer.asks_students else None
-        outputs: Outputs = self.scorer(plain, observed)
+        outputs = cast(Outputs, self.scorer(plain, observed))
         return outputs._replace(map_B1HW=self.inside_map(outputs.map_B1HW))
 
     def inside(self, image_BCSS: Tensor) -> Tensor:
@@ -261,17 +257,14 @@ def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
 def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
     """The untrained model of a configuration; weights of the students follow torch's global seed.
 
-    Its input side is the one that was asked for, or that suits family and teacher.
+    Its input side is the one that was asked for, or that suits family and teacher: the nearest multiple of the
+    teacher's patch or coarsest stride, and at least four of them.
     """
     family = FAMILIES[config.model]
     teacher = teacher or create_teacher(config.teacher, config.weights, config.pretrained)
-    default = teacher.info.default_size if teacher.is_vit else family.cnn_size or teacher.info.default_size
-    size = legal_size(config.size or default, teacher.info.multiple)
+    info = teacher.info
+    default = info.default_size if info.vit else family.cnn_size or info.default_size
+    size = max(4, round((config.size or default) / info.multiple)) * info.multiple
     model: AnomalyModel = importlib.import_module(family.module).build(teacher, config, size)
     model.teacher.net.to(memory_format=torch.channels_last)
     return model
-
-
-def legal_size(size: int, multiple: int) -> int:
-    """The nearest side that is a multiple of the patch or the coarsest stride, never below four of them."""
-    return max(4, round(size / multiple)) * multiple

@@ -44,7 +44,7 @@ from twinspect.models.layers import (
     TokenLinear,
     published_map,
     start_small,
-    to_rows,
+    to_tokens,
     top_mean,
     whole_divisor,
 )
@@ -57,15 +57,13 @@ TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (D
 
 def resolved(config: ModelConfig, info: BackboneInfo, size: int) -> ModelConfig:
     """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN."""
-    vit = info.kind == "vit"
+    shrink = config.ee_shrink or (1 if info.vit else round(size / 64))
     return replace(
         config,
-        width=config.width or (info.channels[0] if vit else 64),
-        depth=config.depth or (8 if vit else 1),
-        ee_shrink=whole_divisor(
-            size, config.ee_shrink or (1 if vit else round(size / 64)), info.multiple if vit else 1
-        ),
-        ee_depth=config.ee_depth or (1.0 if vit else 0.25),
+        width=config.width or (info.channels[0] if info.vit else 64),
+        depth=config.depth or (8 if info.vit else 1),
+        ee_shrink=whole_divisor(size, shrink, info.multiple if info.vit else 1),
+        ee_depth=config.ee_depth or (1.0 if info.vit else 0.25),
         scoring=config.scores(),
     )
 
@@ -87,8 +85,8 @@ class LayerGroups(nn.Module):
         super().__init__()
         if recentre and not info.class_token:
             raise ConfigError(f"recentre: {info.arch} has no class token; take a ViT such as --teacher dinov2-base")
-        self.vit, self.recentre, self.select = info.kind == "vit", recentre, [selection]  # in a list: not a child
-        self.prefix_tokens, half = info.prefix_tokens, len(selection.channels) // 2
+        self.vit, self.recentre, self.select = info.vit, recentre, [selection]  # in a list: not a child
+        half = len(selection.channels) // 2
         self.side = max(selection.map_sides) if self.vit else min(-(-size // 16), max(selection.map_sides))
         self.widths = (
             selection.channels if self.vit else [sum(selection.channels[:half]), sum(selection.channels[half:])]
@@ -105,11 +103,11 @@ class LayerGroups(nn.Module):
             move(selection.standardise(level, i))
             for i, (level, move) in enumerate(zip(observed.maps, self.moves, strict=True))
         )
-        trunk = to_rows(torch.cat([level.permute(0, 2, 3, 1) for level in maps], 3))
+        trunk = torch.cat([level.permute(0, 2, 3, 1) for level in maps], 3).flatten(1, 2)
         return list(torch.split(trunk, self.widths, 2)), trunk
 
     def _averaged(self, observed: Observed) -> tuple[list[Tensor], Tensor]:
-        groups = [to_rows(level.permute(0, 2, 3, 1)) for level in observed.maps]
+        groups = [to_tokens(level) for level in observed.maps]
         prefixes, levels = observed.prefix_BMPD.unbind(1), self.select[0].levels
         total = sum(len(members) for members in levels)
         each = zip(prefixes, groups, levels, strict=True)
@@ -128,14 +126,10 @@ class EncoderDecoder(nn.Module):
     ViT: class and register tokens go with the patches through bottleneck and decoder, and are dropped at its end.
     """
 
-    def __init__(self, groups: LayerGroups, config: ModelConfig) -> None:
+    def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig) -> None:
         super().__init__()
-        self.vit, self.prefix_tokens, self.widths, width = (
-            groups.vit,
-            groups.prefix_tokens,
-            groups.widths,
-            config.width,
-        )
+        self.vit, self.prefix_tokens, self.widths = info.vit, info.prefix_tokens, groups.widths
+        width = config.width
         heads = max(1, width // 64 if self.vit else width // 32)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, width, config.dropout, ratio)
@@ -172,8 +166,8 @@ class EncoderEncoder(nn.Module):
         levels, teachers = len(self.net.info.token_channels), len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.
         self.source = [min(levels - 1, (i * levels) // teachers) for i in range(teachers)]
-        self.first = teachers - 1 if config.ee_tokens == "last" else 0
-        self.source, theirs = self.source[self.first :], info.token_channels[self.first :]
+        first = teachers - 1 if config.ee_tokens == "last" else 0
+        self.source, theirs = self.source[first:], info.token_channels[first:]
         dims = zip((self.net.info.token_channels[i] for i in self.source), theirs, strict=True)
         self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
 
@@ -188,7 +182,7 @@ class DualStudent(nn.Module):
 
     def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig, side: int) -> None:
         super().__init__()
-        self.local, self.semantic = EncoderDecoder(groups, config), EncoderEncoder(info, config, side)
+        self.local, self.semantic = EncoderDecoder(groups, info, config), EncoderEncoder(info, config, side)
 
     def forward(self, trunk_BND: Tensor, small_B3SS: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Predicted layer groups and class tokens."""
@@ -209,7 +203,8 @@ class DualModel(AnomalyModel):
         self.groups = LayerGroups(self.selection, teacher.info, size, config.recentre)
         self.student = DualStudent(self.groups, teacher.info, config, self.pixel_side)
         self.scorer = Scorer(teacher.info, self.selection, size, config.scoring, (1, 1))
-        self.first_token = self.student.semantic.first  # kept here: several processes wrap the student
+        # Of the teacher's, that are learnt; kept here because several processes wrap the student.
+        self.class_tokens = len(self.student.semantic.heads)
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """What the students should have said: both layer groups (B x N x D), then the class tokens (B x D)."""
@@ -253,7 +248,7 @@ class DualModel(AnomalyModel):
 
     def _class_tokens(self, observed: Observed) -> list[Tensor]:
         tokens_BE, widths = self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels)
-        return list(torch.split(tokens_BE, widths, 1))[self.first_token :]
+        return list(torch.split(tokens_BE, widths, 1))[-self.class_tokens :]
 
 
 build = DualModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`

@@ -23,8 +23,8 @@ _CLIPS = (nn.ReLU, nn.ReLU6)
 
 
 @torch.no_grad()
-def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> int:
-    """Fold every batch norm that follows a convolution directly; returns how many were folded.
+def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> None:
+    """Fold every batch norm that follows a convolution directly.
 
     What clips right behind a norm, and padding of TensorFlow's kind, moves into the convolutions: see `FrozenConv`.
 
@@ -32,9 +32,8 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
     ``net``), so any CNN works; a norm fed by anything else is left alone. A convolution that also feeds something
     else (pre-activation networks) is not folded. The network must be in eval mode and stays frozen for life.
     """
-    pairs = _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64))))
     replaced: dict[int, nn.Module] = {}
-    for conv, norm in pairs:
+    for conv, norm in _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64)))):
         _fold(conv, norm)
         # What timm's combined norm-and-activation layers still have to do once the norm is gone.
         then = norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()
@@ -47,7 +46,6 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
                 setattr(parent, name, replaced[id(child)])
             elif pads_unevenly(child):
                 setattr(parent, name, FrozenConv(child))
-    return len(pairs)
 
 
 class FrozenConv(nn.Module):
@@ -83,7 +81,10 @@ class FrozenConv(nn.Module):
         weight = self.weight
         if self.same:
             weight = F.pad(weight, (1 - x_BDHW.shape[3] % 2, 0, 1 - x_BDHW.shape[2] % 2, 0))
-        if self.then is not None and _can_clip_within(x_BDHW, weight):
+        # Where torch's own compiler would let oneDNN clip; it knows no gradients, no autocast and no export.
+        usual = x_BDHW.device.type == "cpu" and x_BDHW.dtype == weight.dtype == torch.float32
+        recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if self.then is not None and usual and not recorded and _has_clipping():
             where = (self.padding, self.stride, self.dilation, self.groups)
             return _clipped(x_BDHW, weight, self.bias, where, isinstance(self.then, nn.ReLU6))
         out = F.conv2d(x_BDHW, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -97,13 +98,6 @@ def pads_unevenly(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     side, other = module.kernel_size
     padded = side == other and side % 2 == 1 and side > 1  # a kernel of one position is never padded
     return bool(padded and module.stride == (2, 2) and module.dilation == (1, 1))
-
-
-def _can_clip_within(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own compiler would let oneDNN clip here; it knows no gradients, no autocast and no export."""
-    usual = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return usual and not recorded and _has_clipping()
 
 
 def _clipped(
@@ -131,8 +125,6 @@ def _has_clipping() -> bool:
 
 
 def _adjacent(net: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Conv2d, Any]]:
-    if any(isinstance(m, nn.BatchNorm2d) and not m.track_running_stats for m in net.modules()):
-        return []
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are held, so that no id is used twice
     pairs: list[tuple[nn.Conv2d, Any]] = []
 

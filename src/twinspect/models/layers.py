@@ -151,7 +151,7 @@ class AllSum(torch.autograd.Function):
 class NoisyBottleneck(nn.Module):
     """MLP D_in -> ratio D -> D whose dropout is the noise that makes reconstruction a denoising task (Dinomaly)."""
 
-    def __init__(self, width_in: int, width: int, dropout: float, ratio: float = 4.0) -> None:
+    def __init__(self, width_in: int, width: int, dropout: float, ratio: float) -> None:
         super().__init__()
         hidden = int(width * ratio)
         self.net = nn.Sequential(
@@ -243,11 +243,6 @@ class Resample(nn.Module):
             grid_BhwD = map_BDhw.float().permute(0, 2, 3, 1)
             lines = (self.weight_oi @ grid_BhwD.flatten(2)).reshape(-1, len(self.weight_oi), *grid_BhwD.shape[2:])
             return (self.weight_oi @ lines).permute(0, 3, 1, 2)
-
-
-def to_rows(grid_BhwD: Tensor) -> Tensor:
-    """B x h x w x D to B x (h*w) x D."""
-    return grid_BhwD.flatten(1, 2)
 
 
 def to_tokens(map_BDhw: Tensor) -> Tensor:

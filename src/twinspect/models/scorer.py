@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from twinspect.models.clusters import Clusters
 from twinspect.models.contract import Observed, Outputs, Plain, Selection
-from twinspect.models.layers import Resample, surprise, to_rows, top_mean, upsample
+from twinspect.models.layers import Resample, surprise, top_mean, upsample
 from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.models.teachers import BackboneInfo
 
@@ -48,34 +48,44 @@ REGION = 4  # positions of the coarsest stages, of 32 pixels, that a region is w
 
 
 class GroupPlan(NamedTuple):
-    """A layer group that patches are judged on: the kept maps it joins, and pixels a step of its grid.
+    """A layer group that patches are judged on."""
 
-    Attributes:
-        maps: indices of the maps.
-        stride: pixels of the model's input per position.
-        scored: whether the group gives a local reading.
-        mapped: whether it is part of the anomaly map.
-        coarse: whether the maps are those of the coarse view.
-        region: positions of the grid that features are averaged over, in windows that overlap by half.
-    """
+    maps: tuple[int, ...]  # indices of the kept maps that it joins
+    stride: int  # pixels of the model's input a step of its grid
+    scored: bool = True  # whether it gives a local reading
+    mapped: bool = True  # whether it is part of the anomaly map
+    coarse: bool = False  # whether its maps are those of the coarse view
+    region: int = 1  # positions of the grid that features are averaged over, in windows that overlap by half
 
-    maps: tuple[int, ...]
-    stride: int
-    scored: bool = True
-    mapped: bool = True
-    coarse: bool = False
-    region: int = 1
+
+class LayerGroup(PositionGaussian):
+    """The patches of a layer group, and their statistics. Its positions are those of its grid, or regions of it."""
+
+    def __init__(self, plan: GroupPlan, selection: Selection, size: int) -> None:
+        sides = selection.coarse_sides if plan.coarse else selection.map_sides
+        channels = selection.coarse_channels if plan.coarse else selection.channels
+        grid = max(sides) if plan.coarse else -(-size // plan.stride)
+        side = grid if plan.region == 1 else (grid - plan.region) // (plan.region // 2) + 1
+        super().__init__(sum(channels[i] for i in plan.maps), side, _window(plan.stride))
+        self.plan = plan
+        self.moves = nn.ModuleList(Resample(sides[i], grid) for i in plan.maps)
+
+    def patches(self, observed: Observed) -> Tensor:
+        """Features of every position, with as many channels as the statistics have: B x N x D."""
+        maps = observed.coarse if self.plan.coarse else observed.maps
+        moved = [move(maps[i]) for i, move in zip(self.plan.maps, self.moves, strict=True)]
+        if self.plan.region > 1:
+            moved = [F.avg_pool2d(map_BDhw, self.plan.region, self.plan.region // 2) for map_BDhw in moved]
+        grids_BhwD = [map_BDhw.permute(0, 2, 3, 1) for map_BDhw in moved]
+        grid_BhwD = torch.cat(grids_BhwD, 3) if len(grids_BhwD) > 1 else grids_BhwD[0]
+        return self.rows(grid_BhwD.flatten(1, 2))
 
 
 class Scorer(nn.Module):
     """Maps and scores of a batch; buffers only, learnt from good images after training.
 
-    Args:
-        info: the teacher.
-        selection: which of its maps are kept.
-        size: input side in pixels.
-        scoring: ``plain``, ``published`` (plain, and the family's maps are finished already) or ``default``.
-        student_readings: number of local and of semantic readings that the family's students give.
+    ``scoring`` is ``plain``, ``published`` (plain, and the family's maps are finished already) or ``default``.
+    ``student_readings`` are the numbers of local and of semantic readings that the family's students give.
     """
 
     weight_R: Tensor
@@ -92,11 +102,7 @@ class Scorer(nn.Module):
         plans = [] if self.plain else group_plans(info, selection)
         self.scored = [g for g, plan in enumerate(plans) if plan.scored]
         self.mapped = [g for g, plan in enumerate(plans) if plan.mapped]
-        self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
-        self.patches = nn.ModuleList(
-            PositionGaussian(grid.dims, grid.side, _window(plan.stride))
-            for plan, grid in zip(plans, self.all_grids(), strict=True)
-        )
+        self.patches = nn.ModuleList(LayerGroup(plan, selection, size) for plan in plans)
         views = 0 if self.plain else len(selection.shrinks)
         self.tokens = nn.ModuleList(TokenGaussian(sum(info.token_channels)) for _ in range(views))
         self.nearest = NearestImages(info.embedding_channels) if not self.plain else None
@@ -115,13 +121,9 @@ class Scorer(nn.Module):
         theirs = [*range(local), *range(self.local_count, self.local_count + semantic)]
         return self.plain or bool(self.weight_R[theirs].any())
 
-    def all_grids(self) -> list[Grid]:
-        """What forms the features of every layer group."""
-        return [cast(Grid, grid) for grid in self.grids]
-
-    def gaussians(self) -> list[PositionGaussian]:
-        """The statistics of every layer group."""
-        return [cast(PositionGaussian, gaussian) for gaussian in self.patches]
+    def gaussians(self) -> list[LayerGroup]:
+        """The layer groups that patches are judged on."""
+        return [cast(LayerGroup, gaussian) for gaussian in self.patches]
 
     def token_gaussians(self) -> list[TokenGaussian]:
         """The statistics of the global tokens of every view."""
@@ -129,8 +131,7 @@ class Scorer(nn.Module):
 
     def distances(self, observed: Observed, cluster_B: Tensor) -> list[Tensor]:
         """How far patches lie from those of good images at their position, a group each: B x h x w."""
-        pairs = zip(self.all_grids(), self.gaussians(), strict=True)
-        return [gaussian(gaussian.rows(grid(observed)), cluster_B) for grid, gaussian in pairs]
+        return [gaussian(gaussian.patches(observed), cluster_B) for gaussian in self.gaussians()]
 
     def map_of(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
         """The anomaly map, B x 1 x H x W: the groups' surprises added up."""
@@ -220,36 +221,6 @@ class Scorer(nn.Module):
         return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR, nearest_B)
 
 
-class Grid(nn.Module):
-    """Features of a layer group: its maps, each brought to the group's grid, or means of regions, as rows B x N x D.
-
-    Attributes:
-        side: of the positions or regions.
-        dims: D.
-    """
-
-    def __init__(self, plan: GroupPlan, selection: Selection, size: int) -> None:
-        super().__init__()
-        self.plan = plan
-        sides = selection.coarse_sides if plan.coarse else selection.map_sides
-        channels = selection.coarse_channels if plan.coarse else selection.channels
-        side = max(sides) if plan.coarse else -(-size // plan.stride)
-        self.side = side if plan.region == 1 else (side - plan.region) // (plan.region // 2) + 1
-        self.dims = sum(channels[i] for i in plan.maps)
-        self.moves = nn.ModuleList(Resample(sides[i], side) for i in plan.maps)
-
-    def forward(self, observed: Observed) -> Tensor:
-        """B x N x D."""
-        maps = observed.coarse if self.plan.coarse else observed.maps
-        moved = [self._regions(move(maps[i])) for i, move in zip(self.plan.maps, self.moves, strict=True)]
-        return to_rows(torch.cat(moved, 3) if len(moved) > 1 else moved[0])
-
-    def _regions(self, map_BDhw: Tensor) -> Tensor:
-        if self.plan.region > 1:
-            map_BDhw = F.avg_pool2d(map_BDhw, self.plan.region, self.plan.region // 2)
-        return map_BDhw.permute(0, 2, 3, 1)
-
-
 def _window(stride: int) -> int:
     """The odd number of positions nearest to `WINDOW` pixels, at least 1."""
     return 2 * int(WINDOW / stride / 2) + 1 if stride < WINDOW // 2 else 1
@@ -263,7 +234,7 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     grid of 16), and deep once more in the coarse view, which sees what is large. The last two make the map only. The
     score reads the deepest stages as means of regions instead: noise of single positions averages out there.
     """
-    if info.kind == "vit":
+    if info.vit:
         return [GroupPlan((i,), info.strides[0]) for i in range(len(selection.channels))]
     last = {stride: max(i for i, s in enumerate(info.strides) if s == stride) for stride in set(info.strides)}
     of_16 = [i for i, s in enumerate(info.strides) if s == 16] or [len(info.strides) - 1]

@@ -98,7 +98,7 @@ def gather_batch(part_B: Tensor) -> Tensor:
     of processes; averaging parameter gradients over processes, as data-parallel training does, then gives exactly
     the gradient of one process with the whole batch. Without a process group the part is the batch.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return part_B
     before, behind = (ranks * len(part_B) for ranks in (dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()))
     joined: Tensor = AllSum.apply(F.pad(part_B, (0, 0) * (part_B.dim() - 1) + (before, behind)), None)  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class Stages:
         self.selection = selection
         last = {stride: i for i, stride in enumerate(info.strides)}
         finest = [last[stride] for stride in sorted(last)[:STAGES]]
-        self.at = list(range(len(selection.channels))) if info.kind == "vit" else finest
+        self.at = list(range(len(selection.channels))) if info.vit else finest
         self.channels = [selection.channels[i] for i in self.at]
         self.map_sides = [selection.map_sides[i] for i in self.at]
 
@@ -256,13 +256,13 @@ class StructuralStudent(nn.Module):
 
     def __init__(self, info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> None:
         super().__init__()
-        structure, vit = config.structure(), info.kind == "vit"
-        width = config.width or (info.channels[0] if vit else 0)
+        structure = config.structure()
+        width = config.width or (info.channels[0] if info.vit else 0)
         inside = structure.cram if structure.cram_place == "bottleneck" else 0
         net: nn.Module
         if structure.direction == "forward":
             net = ForwardEncoder(info, stages, size)
-        elif vit:
+        elif info.vit:
             net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), inside)
         else:
             net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, inside)
@@ -316,10 +316,11 @@ class StructuralModel(AnomalyModel):
             map_B1HW, peak_B = published_map(distances, self.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
-            map_Bhw, *affinity = self.distance_maps(pairs)
-            for affinity_Bhw in affinity:
+            maps = self.distance_maps(pairs)
+            map_Bhw = maps[0]
+            if self.structure.affinity_map:
                 features, affinities = self.map_means_2.unbind()
-                map_Bhw = map_Bhw / features + self.structure.affinity_map * affinity_Bhw / affinities
+                map_Bhw = maps[0] / features + self.structure.affinity_map * maps[1] / affinities
             peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
         return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
 
@@ -363,9 +364,8 @@ class StructuralModel(AnomalyModel):
                 return losses.channel_loss(*(self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw)))
             case "intra":
                 return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, self.structure.affinity_side)
-            case "inter":
+            case _:  # inter
                 return losses.inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
-        raise ValueError(f"unknown term {name!r}")
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """One group for the one student."""

@@ -11,6 +11,8 @@ directions, K clusters (see `models.clusters`), n good images.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from twinspect.models.layers import in_fp16
 PLACE_PRIOR = 4.0  # images that the mean of a position is shrunk towards its cluster's mean by
 SPREAD_PRIOR = 8.0  # images that the variance of the distance at a position is shrunk towards its average by
 RIDGE = 3e-3  # added to a correlation matrix, so that directions without variance do not rule
+FOLDS = 5  # that good images are parted in, each measured by statistics of the others
 NEIGHBOURS = 5  # good images that an image is compared with
 MOST_CHANNELS, MOST_DIRECTIONS, MOST_BANK = 512, 192, 2048  # limits of size, for wide teachers and large sets
 _STEPS = 127.0  # of int8
@@ -28,15 +31,10 @@ _STEPS = 127.0  # of int8
 class PositionGaussian(nn.Module):
     """Mahalanobis distance of patch features from the mean of good images at the same position.
 
-    Every cluster has a mean for every position, and a covariance over all positions. Means of
-    positions are kept as int8 multiples of a step per channel. More than ``MOST_CHANNELS`` channels are first
-    rotated at random to that many, which changes distances little.
-
-    Args:
-        dims: D, channels of the features.
-        side: of the grid.
-        window: side in positions of the windows that squared distances are averaged over; odd.
-        seed: of the rotation.
+    Every cluster has a mean for every position, and a covariance over all positions. Means of positions are kept as
+    int8 multiples of a step per channel. More than ``MOST_CHANNELS`` channels are first rotated at random to that
+    many, which changes distances little. ``side`` is that of the grid. ``window`` is the side, odd, of the windows
+    that squared distances are averaged over.
     """
 
     rotate_DR: Tensor
@@ -44,13 +42,17 @@ class PositionGaussian(nn.Module):
     place_KND: Tensor
     step_KD: Tensor
     whiten_KDD: Tensor
-    level_Khw: Tensor
-    spread_Khw: Tensor
+    level_Khw: Tensor  # mean of the distance on good images, which `training.normal` measures
+    spread_Khw: Tensor  # its standard deviation
 
-    def __init__(self, dims: int, side: int, window: int = 1, seed: int = 0) -> None:
+    def __init__(self, dims: int, side: int, window: int = 1) -> None:
         super().__init__()
+        rotate_DR = torch.zeros(0)
+        if dims > MOST_CHANNELS:
+            noise = torch.randn(dims, MOST_CHANNELS, generator=torch.Generator().manual_seed(0))
+            rotate_DR = torch.linalg.qr(noise).Q
         self.side, self.window, self.dims = side, window, min(dims, MOST_CHANNELS)
-        self.register_buffer("rotate_DR", _rotation(dims, MOST_CHANNELS, seed))
+        self.register_buffer("rotate_DR", rotate_DR)
         self.register_buffer("centre_KD", torch.zeros(1, self.dims))
         self.register_buffer("place_KND", torch.zeros(1, side * side, self.dims, dtype=torch.int8))
         self.register_buffer("step_KD", torch.ones(1, self.dims))
@@ -102,10 +104,6 @@ class PositionGaussian(nn.Module):
         away_KND = self.place_KND.float() * self.step_KD[:, None] * (images + PLACE_PRIOR)
         return away_KND + images * self.centre_KD[:, None]
 
-    def set_scale(self, level_Khw: Tensor, spread_Khw: Tensor) -> None:
-        """Take level and spread of the distance at every position of every cluster."""
-        self.level_Khw, self.spread_Khw = level_Khw.float(), spread_Khw.float()
-
 
 def average(map_Bhw: Tensor, window: int) -> Tensor:
     """Mean over an odd window around every position; the rim is repeated outwards."""
@@ -127,11 +125,7 @@ def left_out(images_n: Tensor, copies_n: Tensor) -> Tensor:
 def shrinkage(trace: Tensor, square: Tensor, count: Tensor | float, dims: int) -> Tensor:
     """Weight of the identity that a covariance is shrunk by: oracle-approximating shrinkage (Chen et al., 2010).
 
-    Args:
-        trace: of the covariance.
-        square: trace of its square.
-        count: vectors it was learnt from.
-        dims: its side.
+    ``trace`` is that of the covariance, ``square`` that of its square; it was learnt from ``count`` vectors.
     """
     top = (1 - 2 / dims) * square + trace.square()
     below = (count + 1 - 2 / dims) * (square - trace.square() / dims)
@@ -142,13 +136,9 @@ def shrinkage(trace: Tensor, square: Tensor, count: Tensor | float, dims: int) -
 def whitening(covariance_DD: Tensor, count: Tensor | float) -> Tensor:
     """D x D matrix W with x W of identity covariance; the correlations are shrunk first, and get ``RIDGE`` added.
 
-    Without the shrinkage a covariance of few vectors is too small along most directions, and images that it was not
-    learnt from lie too far away. Standard deviations are at least what keeps W finite in fp16: a ReLU can be silent
-    on all good images.
-
-    Args:
-        covariance_DD: of the features.
-        count: vectors it was learnt from.
+    Without the shrinkage a covariance of few (``count``) vectors is too small along most directions, and images that
+    it was not learnt from lie too far away. Standard deviations are at least what keeps W finite in fp16: a ReLU can
+    be silent on all good images.
     """
     scale_D = covariance_DD.diagonal().sqrt().clamp_min(RIDGE**-0.5 / torch.finfo(torch.float16).max)
     correlation = covariance_DD / scale_D / scale_D[:, None]
@@ -225,17 +215,28 @@ def shrunk_directions(centred_nE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return scale_E, basis[:kept], 1 / ((1 - rho) * variance[:kept] + floor + tiny), 1 / (floor + beside + tiny)
 
 
-def cross_fitted_tokens(token_nE: Tensor, cluster_n: Tensor, clusters: int, fold_n: Tensor) -> Tensor:
-    """`TokenGaussian` distances (n) of good images, each by statistics that did not see its fold.
+def random_folds(count: int, seed: int) -> Tensor:
+    """Fold of every image (n), drawn by chance; all of about one size."""
+    fold_n = torch.zeros(count, dtype=torch.int64)
+    fold_n[torch.randperm(count, generator=torch.Generator().manual_seed(seed))] = torch.arange(count) % FOLDS
+    return fold_n
 
-    A cluster that has no image outside of a fold keeps its mean of all.
+
+def each_fold(fold_n: Tensor, cluster_n: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks of the images of the other folds, to learn from, and of those of the fold (n each), fold by fold.
+
+    A cluster that has no image in another fold is learnt from all of its images.
     """
+    for fold in sorted(set(fold_n.tolist())):
+        here = fold_n == fold
+        yield ~here | ~torch.isin(cluster_n, cluster_n[~here]), here
+
+
+def cross_fitted_tokens(token_nE: Tensor, cluster_n: Tensor, clusters: int, fold_n: Tensor) -> Tensor:
+    """`TokenGaussian` distances (n) of good images, each by statistics that did not see its fold; see `each_fold`."""
     distance = token_nE.new_zeros(len(token_nE))
     gaussian = TokenGaussian(token_nE.shape[1]).to(token_nE.device)
-    for fold in sorted(set(fold_n.tolist())):
-        away, here = fold_n != fold, fold_n == fold
-        seen = torch.bincount(cluster_n[away], minlength=clusters) > 0
-        away = away | ~seen[cluster_n]
+    for away, here in each_fold(fold_n, cluster_n):
         gaussian.fit(token_nE[away], cluster_n[away], clusters)
         distance[here] = gaussian(token_nE[here], cluster_n[here])
     return distance
@@ -312,12 +313,3 @@ class Standardiser(nn.Module):
         spread = ((square + SPREAD_PRIOR * pooled) / (counts + SPREAD_PRIOR)).sqrt()
         self.mean_KR = mean.float()
         self.spread_KR = spread.clamp_min(1e-6).maximum(1e-3 * mean.abs()).float()
-
-
-def _rotation(dims: int, most: int, seed: int) -> Tensor:
-    """Fixed random orthonormal columns, dims x most; empty where no reduction is needed."""
-    if dims <= most:
-        return torch.zeros(0)
-    noise = torch.randn(dims, most, generator=torch.Generator().manual_seed(seed))
-    columns: Tensor = torch.linalg.qr(noise).Q
-    return columns

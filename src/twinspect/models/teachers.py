@@ -10,6 +10,7 @@ Weights are found offline first and never downloaded here: see `twinspect.models
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.models.fold import fold_batch_norms
 from twinspect.models.layers import standardise
-from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
+from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto
 from twinspect.types import Features
 
 _MISSING = ("torchvision::nms", "torchvision::qnms")
@@ -63,7 +64,7 @@ class BackboneInfo:
     """What the rest of the library may know about a backbone."""
 
     arch: str  # as timm names it
-    kind: str  # vit or cnn
+    vit: bool  # else a CNN
     channels: tuple[int, ...]  # D_l of each map level, fine to coarse for a CNN
     strides: tuple[int, ...]  # pixels per grid step of each map level
     token_channels: tuple[int, ...]  # D_l of each global token
@@ -86,21 +87,20 @@ class Backbone(nn.Module):
 
     def __init__(self, arch: str, depth: float = 1.0, img_size: int | None = None) -> None:
         super().__init__()
-        self.net, self.is_vit = _create(arch, depth, img_size)
+        self.net, vit = _create(arch, depth, img_size)
         self._extra = _extra(self.net)
-        self.levels, self.token_levels, self.info = (_read_vit if self.is_vit else _read_cnn)(arch, self.net)
+        self.levels, self.token_levels, self.info = (_read_vit if vit else _read_cnn)(arch, self.net)
 
     def features(self, x_B3HW: Tensor) -> Features:
         """Maps (one per level, NCHW) and global tokens (one per token level, B x D)."""
-        if self.is_vit:
+        if self.info.vit:
             return self._vit_features(x_B3HW)
         maps = self.net.forward_intermediates(x_B3HW, indices=self.levels, intermediates_only=True, **self._extra)
-        by_level = dict(zip(self.levels, maps, strict=True))
-        return Features(tuple(maps), tuple(by_level[level].mean((2, 3)) for level in self.token_levels))
+        return Features(tuple(maps), tuple(level.mean((2, 3)) for level in maps))
 
     def drop_head(self) -> None:
         """Let go of what only classifies: a CNN's classifier and the widened stage before it."""
-        if not self.is_vit:
+        if not self.info.vit:
             self.net.reset_classifier(0)
             if _has_wide_head(self.net):
                 self.net.conv_head, self.net.bn2 = nn.Identity(), nn.Identity()
@@ -184,8 +184,13 @@ class Teacher(Backbone):
         net.pos_embed.copy_(torch.cat([front, grid.flatten(2).transpose(1, 2)], 1))
 
     def hash(self) -> str:
-        """Short sha256 over all weights and buffers; two teachers agree exactly when the hashes do."""
-        return weights_hash(self.net.state_dict())
+        """16 hex digits of the sha256 over names, shapes and bytes of all tensors: equal teachers, equal hashes."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.net.state_dict().items()):
+            value = tensor.cpu().contiguous()
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def create_teacher(name: str = "auto", weights: Path | str = "", pretrained: bool = True) -> Teacher:
@@ -198,12 +203,12 @@ def create_teacher(name: str = "auto", weights: Path | str = "", pretrained: boo
     name = resolve_auto() if name == "auto" else name
     arch = architecture(name)
     # Found before the network is built, which takes seconds for a large one.
-    source = find_weights(name, Path(weights) if weights else None) if pretrained else None
+    found = find_weights(name, Path(weights) if weights else None) if pretrained else None
     teacher = Teacher(name, arch)
-    if source is not None:
-        load_state(teacher.net, source, name)
-        teacher.weights = source.described
-    if not teacher.is_vit:
+    if found is not None:
+        path, teacher.weights = found
+        load_state(teacher.net, path, name)
+    if not teacher.info.vit:
         teacher.net.reset_classifier(0)  # after loading: files hold it, and nothing here asks it
         fold_batch_norms(teacher.net)
     return teacher
@@ -260,7 +265,6 @@ def _thin_stages(net: Any, depth: float) -> None:
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     """(channels, stride) of every intermediate a CNN returns, read from a tiny forward pass."""
-    was_training = net.training
     net.eval()
     try:
         with torch.no_grad():
@@ -269,7 +273,7 @@ def _cnn_stages(net: Any) -> list[tuple[int, int]]:
         raise ConfigError(
             f"{type(net).__name__} takes images of its own size only ({error}); choose another teacher"
         ) from None
-    net.train(was_training)
+    net.train()
     return [(m.shape[1], 64 // m.shape[2]) for m in maps]
 
 
@@ -283,7 +287,7 @@ def _read_vit(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
         first = levels[0]
     token_levels = list(range(first, depth))
     return levels, token_levels, BackboneInfo(
-        arch, "vit", (width,) * len(levels), (patch,) * len(levels), (width,) * len(token_levels), width, patch,
+        arch, True, (width,) * len(levels), (patch,) * len(levels), (width,) * len(token_levels), width, patch,
         448 // patch * patch, tuple(config["mean"]), tuple(config["std"]), net.num_prefix_tokens,
         class_token=net.cls_token is not None,
     )  # fmt: skip
@@ -298,7 +302,7 @@ def _read_cnn(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
     wide = net.conv_head.out_channels if _has_wide_head(net) else channels[-1]
     rectified = isinstance(net, timm.models.ResNet) and isinstance(net.act1, nn.ReLU)
     return levels, levels, BackboneInfo(
-        arch, "cnn", channels, strides, channels, wide, max(strides), 512, tuple(config["mean"]),
+        arch, False, channels, strides, channels, wide, max(strides), 512, tuple(config["mean"]),
         tuple(config["std"]), rectified=rectified,
     )  # fmt: skip
 

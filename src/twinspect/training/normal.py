@@ -28,13 +28,13 @@ from torch import Tensor
 from twinspect.decide.decision import GoodScores, image_id
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.models.layers import in_fp16, top_mean
-from twinspect.models.scorer import TOP_SHARE, Grid
+from twinspect.models.scorer import TOP_SHARE, LayerGroup
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
-    PositionGaussian,
     average,
     cross_fitted_tokens,
     left_out,
+    random_folds,
     unwhitened,
     whitening,
 )
@@ -43,7 +43,6 @@ from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
 _TEXTS = ("class_name", "group", "key")
-_FOLDS = 5  # of the covariances of tokens
 _HALF_IMAGES = 256  # at most, images of a cluster that each of the two covariances of patches is learnt from
 
 
@@ -146,15 +145,10 @@ class _Group:
         distance_nhw: distances by the other half's matrix, after the third; in a file.
     """
 
-    grid: Grid
-    gaussian: PositionGaussian
+    gaussian: LayerGroup
     mean_KND: Tensor = field(init=False)
     half_2KDD: Tensor = field(init=False)
     distance_nhw: NDArray[np.float16] = field(init=False)
-
-    def rows(self, observed: Observed) -> Tensor:
-        """Patches of a batch, B x N x D."""
-        return self.gaussian.rows(self.grid(observed))
 
 
 class _Fitting:
@@ -185,8 +179,7 @@ class _Fitting:
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.seed, self.progress, self.asks_students, self.before = seed, progress, asks_students, before
-        pairs = zip(model.scorer.all_grids(), model.scorer.gaussians(), strict=True)
-        self.groups, held = [_Group(grid, gaussian) for grid, gaussian in pairs], set(held)
+        self.groups, held = [_Group(gaussian) for gaussian in model.scorer.gaussians()], set(held)
         self.held_n = torch.tensor([i in held for i in images], device=model.device)
         samples, clusters = [source.samples[i] for i in images], model.scorer.clusters
         names = [sample.class_name for sample in samples]
@@ -263,7 +256,8 @@ class _Fitting:
         sums: list[Tensor] = []
         for places, observed, _ in self._batches(range(len(self.images)), "statistics (means)"):
             targets = self.model.targets(observed) if self.asks_students and self.before is None else []
-            parts = [part.float() for part in (*(group.rows(observed) for group in self.groups), *targets)]
+            patches = (group.gaussian.patches(observed) for group in self.groups)
+            parts = [part.float() for part in (*patches, *targets)]
             sums = sums or [part.new_zeros(self.clusters, *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
                 total.index_add_(0, self.cluster_n[places], part)
@@ -278,7 +272,7 @@ class _Fitting:
 
     def _difference(self, group: _Group, places: Tensor, observed: Observed) -> Tensor:
         """Patches (B x N x D) minus the means of their positions, which each image is left out of."""
-        difference_BND = group.rows(observed) - group.mean_KND[self.cluster_n[places]]
+        difference_BND = group.gaussian.patches(observed) - group.mean_KND[self.cluster_n[places]]
         return difference_BND * self.factor_n[places][:, None, None]
 
     def _covariances(self) -> None:
@@ -319,11 +313,8 @@ class _Fitting:
 
     def _semantic(self) -> Tensor:
         """Readings of all images: distances of the global tokens by images of other folds, of the nearest images."""
-        order = torch.randperm(len(self.embedding_nF), generator=torch.Generator().manual_seed(self.seed))
-        order = order.to(self.model.device)
-        first_n = torch.cat([torch.arange(self.old, device=order.device), self.old + self.first_n])
-        fold_n = torch.zeros_like(order)
-        fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+        fold_n = random_folds(len(self.embedding_nF), self.seed).to(self.model.device)
+        first_n = torch.cat([torch.arange(self.old, device=fold_n.device), self.old + self.first_n])
         readings = []
         for gaussian, token_nE in zip(self.scorer.token_gaussians(), self.tokens, strict=True):
             gaussian.fit(token_nE, self.all_cluster_n, self.clusters)
@@ -408,7 +399,8 @@ class _Fitting:
                 scales.append(_level_and_spread(total, square, count))
                 for place in places if g in scorer.scored else ():
                     reading_n[place] = _reading(distance_nhw[place], total, square, count)
-            gaussian.set_scale(*(torch.stack(column).to(device) for column in zip(*scales, strict=True)))
+            columns = (torch.stack(column).to(device).float() for column in zip(*scales, strict=True))
+            gaussian.level_Khw, gaussian.spread_Khw = columns
             if g in scorer.scored:
                 readings.append(reading_n)
         scorer.map_level_KG, scorer.map_spread_KG = level_KG, spread_KG
