@@ -225,3 +225,24 @@ def test_threads_follow_the_time_that_is_granted(quota: float, threads: int, mon
     os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "3"
     device_module.share_cores()
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs(tmp_path: Path) -> None:
+    """Where there is no GPU it is seldom run, and a change of the library would break it unseen."""
+    small = ["--arch", "vit_tiny_patch16_224", "--steps", "3", "--stable-size", "64", "--size", "64", "--timed", "7"]
+    done = subprocess.run(
+        [
+            sys.executable, str(HERE.parent / "benchmarks" / "gpu.py"), "--device", "cpu", "--batch", "4",
+            "--models", "vit_tiny_patch16_224", "--sizes", "64", "--images", "2", "--seconds", "0.01",
+            "--matrix", "64", *small,
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["training"]["stability"]["losses_finite"]
+    assert found["training"]["step"]["warm"]["seconds"] > 0
+    exact, rounded, short = found["rows"]
+    assert (exact["precision"], rounded["precision"], short["precision"]) == ("fp32", "tf32", "bf16")
+    assert exact["gap_largest"] == rounded["gap_largest"] == 0.0 < short["gap_largest"]  # a CPU has no tf32

@@ -65,3 +65,11 @@ def test_an_extra_that_lacks_a_package_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_written(home: Path) -> None:
     examine()
     assert list(home.iterdir()) == []
+
+
+def test_a_source_tree_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", unknown)
+    assert "extras: unknown, as twinspect runs from its source without being installed" in examine()

@@ -53,7 +53,12 @@ def examine() -> list[str]:
 
 def _extras() -> Iterator[str]:
     needed: dict[str, list[str]] = {name: [] for name in _EXTRAS}
-    for line in metadata.requires("twinspect") or ():
+    try:
+        lines = metadata.requires("twinspect") or ()
+    except metadata.PackageNotFoundError:
+        yield "extras: unknown, as twinspect runs from its source without being installed"
+        return
+    for line in lines:
         if (match := re.match(r"([\w.-]+).*extra == .(\w+)", line)) and match[2] in needed:
             needed[match[2]].append(match[1])
     installed = {re.sub(r"[-_.]+", "-", each.name).lower() for each in metadata.distributions()}
