@@ -86,21 +86,16 @@ class Predictor:
     ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
+        ``source``, ``class_name``, ``bgr`` and the errors are those of `Detector.predict`.
+
         Args:
-            source: as `Detector.predict` takes it: a path, folder, glob, ``@list``, archive, table, URL, image, array
-                (RGB), or any iterable of these.
+            source: images.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
-            class_name: class of all these images, whose thresholds then hold; None predicts it per image.
+            class_name: None predicts it per image.
             live: answer each image before the next one is taken, instead of reading ahead; None: where the source is
                 an iterable without a length, such as a generator.
-            bgr: arrays have blue first, as OpenCV reads them.
-
-        Raises:
-            ConfigError: a class that the bundle does not know.
-            DataError: nothing to score.
-            ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
-                read. An unreadable file among several gives a result with ``error`` instead.
+            bgr: arrays have blue first.
         """
         self.decision.checked_class(class_name)
         items = map(decode.from_bgr, decode.expand(source)) if bgr else decode.expand(source)
