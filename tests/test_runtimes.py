@@ -80,21 +80,27 @@ def cores() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize(("threads", "images", "share"), [(2, 2, 1), (2, 5, 1), (5, 2, 2), (4, 3, 1)])
-def test_images_of_a_batch_are_computed_side_by_side(cores, quick, threads: int, images: int, share: int) -> None:
+def test_images_of_a_batch_are_computed_side_by_side(
+    cores, quick, monkeypatch: pytest.MonkeyPatch, threads: int, images: int, share: int
+) -> None:
     import torch
 
     cores(threads)
     runtime, meeting = TorchRuntime(quick.fitted.model), threading.Barrier(2)
     pixels = np.arange(images, dtype=np.uint8).repeat(3).reshape(images, 1, 1, 3)
 
-    def call(one: np.ndarray) -> tuple[int, int]:
-        if one[0, 0, 0, 0] < 2:  # the first two wait for each other: one after the other they would never meet
+    def call(batch: np.ndarray) -> dict[str, np.ndarray]:
+        if len(pixels) > 1 and batch[0, 0, 0, 0] < 2:  # the first two wait for each other, or would never meet
             meeting.wait(20)
-        return int(one[0, 0, 0, 0]), torch.get_num_threads()
+        return {"first": batch[:, 0, 0, 0], "threads": np.full(len(batch), torch.get_num_threads())}
 
-    assert runtime.spread(call, pixels) == [(i, share) for i in range(images)]
+    monkeypatch.setattr(runtime, "call", call)
+    found = runtime.run(pixels)
+    assert found["first"].tolist() == list(range(images))
+    assert found["threads"].tolist() == [share] * images
     assert torch.get_num_threads() == threads
-    assert runtime.spread(len, pixels[:1]) == [1]
+    pixels = pixels[:1]
+    assert runtime.run(pixels)["threads"].tolist() == [threads]
 
 
 def test_scores_of_a_batch_do_not_depend_on_its_size_or_on_the_number_of_threads(cores, quick) -> None:
@@ -114,7 +120,7 @@ def test_scores_of_a_batch_do_not_depend_on_its_size_or_on_the_number_of_threads
     assert torch.get_num_threads() == 2
 
 
-def test_threads_are_as_before_when_a_call_fails(cores, quick) -> None:
+def test_threads_are_as_before_when_a_call_fails(cores, quick, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     cores(2)
@@ -123,10 +129,12 @@ def test_threads_are_as_before_when_a_call_fails(cores, quick) -> None:
     def fails(_: np.ndarray) -> None:
         raise ValueError("out of memory")
 
+    monkeypatch.setattr(runtime, "call", fails)
     with pytest.raises(ValueError, match="out of memory"):
-        runtime.spread(fails, np.zeros((2, 1, 1, 3), np.uint8))
+        runtime.run(np.zeros((2, 1, 1, 3), np.uint8))
     assert torch.get_num_threads() == 2
-    assert runtime.spread(len, np.zeros((3, 1, 1, 3), np.uint8)) == [1, 1, 1]
+    monkeypatch.setattr(runtime, "call", lambda batch: {"images": np.array([len(batch)])})
+    assert runtime.run(np.zeros((3, 1, 1, 3), np.uint8))["images"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 2), (20, 8)])

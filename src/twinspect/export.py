@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,14 +32,12 @@ from twinspect.decide.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, required
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import Decoding, decode, expand
-from twinspect.inference.predictor import RUNTIMES, Runtime, TorchRuntime, load_runtime
+from twinspect.inference.predictor import RUNTIMES, Answers, Pixels, Runtime, TorchRuntime, load_runtime
 from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
 from twinspect.types import Progress, silent
 
-Pixels = NDArray[np.uint8]
-Answers = Mapping[str, NDArray[Any]]
-_FEWEST = 32  # images that an export should be compared on
+_FEWEST, _MOST = 32, 100  # images that an export should be compared on, and is
 _ROUNDING = 1e-4  # gap of two scores that are the same
 TOLERANCES = {"scores": _ROUNDING, "map values": 1e-3}  # largest gaps
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -168,7 +166,7 @@ class DeployedGraph(nn.Module):
 
     def __init__(self, model: AnomalyModel) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = model
 
     def forward(self, image_BHWC: Tensor) -> dict[str, Tensor]:
         """All outputs of the model."""
@@ -285,10 +283,11 @@ def _gap(reference: NDArray[Any], exported: NDArray[Any]) -> float:
     return float(gap.max()) if np.isfinite(gap).all() else float("inf")
 
 
-def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
-    """Images, spread evenly over their order when there are more; a DataError where one cannot be read."""
+def load_images(source: Any, size: int) -> list[Pixels]:
+    """Images, at most 100 and spread evenly over their order; a DataError where one cannot be read."""
     items, squares = list(expand(source)), list[Pixels]()
-    for item in items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]:
+    number = min(len(items), _MOST)
+    for item in (items[i * len(items) // number] for i in range(number)):
         image = decode(item, Decoding(size))
         if image.square is None:
             raise DataError(image.error)

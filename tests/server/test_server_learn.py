@@ -36,9 +36,9 @@ def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, c
 def test_few_images_in_the_place_of_many_are_spoken_of(log: InspectionLog) -> None:
     before = decision(classes=("part", "lid"))  # 60 images each
     fill(log, [1.5, 1.6])
-    _, notes = recalibrate(before, learn(log, before).good, max_fpr=0.05)
+    _, notes = recalibrate(before, learn(log, before)[0], max_fpr=0.05)
     assert "part: 2 in the place of 60 earlier ones; --add would keep both" in notes
-    _, notes = recalibrate(before, learn(log, before).good, max_fpr=0.05, add=True)
+    _, notes = recalibrate(before, learn(log, before)[0], max_fpr=0.05, add=True)
     assert not any("in the place of" in note for note in notes)
 
 
@@ -64,9 +64,9 @@ def test_false_alarms_raise_the_threshold_until_the_promise_holds(log: Inspectio
     for number, score in zip(numbers, good, strict=True):
         if score >= 2.6:
             log.give_feedback(number, "false_alarm")
-    found = learn(log, before)
-    assert len(found.good.rows) == 400
-    after, notes = recalibrate(before, found.good)
+    false_alarms_too, _, _ = learn(log, before)
+    assert len(false_alarms_too.rows) == 400
+    after, notes = recalibrate(before, false_alarms_too)
     new = after.rule("part").image.value
     assert not any("--add" in note for note in notes)  # 400 images replace 120
     fresh = rng.uniform(1.4, 3.0, 20_000)
@@ -79,19 +79,19 @@ def test_misses_are_not_taken_for_good_and_labels_can_choose(log: InspectionLog)
     good, bad = fill(log, np.linspace(1.0, 2.0, 120)), fill(log, np.linspace(2.2, 2.5, 20), start=200)
     for number in bad:
         log.give_feedback(number, "missed")
-    found = learn(log, decision())
-    assert len(found.good.rows) == len(good)
-    assert found.labelled.label_N.sum() == len(bad)
-    after, _ = recalibrate(decision(), found.good, found.labelled, rule="zero-miss")
+    found, labelled, _ = learn(log, decision())
+    assert len(found.rows) == len(good)
+    assert labelled.label_N.sum() == len(bad)
+    after, _ = recalibrate(decision(), found, labelled, rule="zero-miss")
     assert 2.0 < after.rule("part").image.value < 2.2
 
 
 def test_alarms_without_feedback_are_left_out_and_the_price_is_said(log: InspectionLog) -> None:
     fill(log, [*np.linspace(1.0, 2.0, 90), *np.linspace(3.0, 4.0, 10)])
-    found = learn(log, decision())
-    assert len(found.good.rows) == 90
-    assert "10 alarms without feedback" in found.notes[1]
-    assert "10 percentage points" in found.notes[1]
+    good, _, notes = learn(log, decision())
+    assert len(good.rows) == 90
+    assert "10 alarms without feedback" in notes[1]
+    assert "10 percentage points" in notes[1]
 
 
 def test_rows_of_other_models_times_and_classes_do_not_count(log: InspectionLog) -> None:
@@ -99,9 +99,9 @@ def test_rows_of_other_models_times_and_classes_do_not_count(log: InspectionLog)
     fill(log, [1.1] * 4, start=10)
     fill(log, [1.2] * 5, start=20, class_name="nut")
     both = decision(classes=("part", "nut"))
-    assert len(learn(log, both).good.rows) == 9
-    assert len(learn(log, both, class_name="nut").good.rows) == 5
-    assert len(learn(log, both, since="1970-01-01T00:16:40.015+00:00").good.rows) == 5
+    assert len(learn(log, both)[0].rows) == 9
+    assert len(learn(log, both, class_name="nut")[0].rows) == 5
+    assert len(learn(log, both, since="1970-01-01T00:16:40.015+00:00")[0].rows) == 5
     with pytest.raises(DataError, match="no good image of this model"):
         learn(log, decision(model_id="third"))
     with pytest.raises(ConfigError, match="unknown class"):

@@ -83,16 +83,16 @@ def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> 
     """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
     from twinspect.server import refuse_missing
 
-    refuse_missing(("sqlalchemy",))
+    refuse_missing()
     from twinspect.server.log import InspectionLog, learn
 
     log = InspectionLog(options.from_log, create=False)
     try:
-        logged = learn(log, decision, options.since, options.class_name or None)
+        good, labelled, notes = learn(log, decision, options.since, options.class_name or None)
     finally:
         log.close()
-    console.warn(*logged.notes)
-    return logged.good, logged.labelled if options.rule else None
+    console.warn(*notes)
+    return good, labelled if options.rule else None
 
 
 def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:

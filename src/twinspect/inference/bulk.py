@@ -171,12 +171,12 @@ def score_on_ray(job: Job, store: PartStore, progress: Progress) -> None:
     """
     ray = required("ray", "--engine ray", "twinspect[ray]")
     _connect(ray, job.ray_address)
-    waiting = _ray_tasks(ray, job, store)
+    waiting = _ray_tasks(ray, job)
     try:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
             ray.get(done)
-            store.look(job.share)
+            store.look()
             progress("scoring on Ray", sum(part.rows for part in store.known.values()), 0)
     except ray.exceptions.RayError as error:
         raise TwinspectError(
@@ -200,20 +200,21 @@ def _connect(ray: Any, address: str) -> None:
         raise TwinspectError(f"Ray at {address} cannot be reached ({error})") from None
 
 
-def _ray_tasks(ray: Any, job: Job, store: PartStore) -> list[Any]:
+def _ray_tasks(ray: Any, job: Job) -> list[Any]:
     kind, each = ("GPU", job.actor_gpus) if job.actor_gpus else ("CPU", job.actor_cpus)
     count = job.actors or max(1, int(ray.cluster_resources().get(kind, 0) / each))
     task = ray.remote(max_retries=-1, num_cpus=job.actor_cpus, num_gpus=job.actor_gpus)(_score_share)
     number, of = job.share
     shares = (f"{number + of * i}/{of * count}" for i in range(count))
     local = replace(job, engine="local", workers=max(job.workers, 0))
-    return [task.remote(replace(local, shard=share), store, os.getcwd()) for share in shares]
+    return [task.remote(replace(local, shard=share), os.getcwd()) for share in shares]
 
 
-def _score_share(job: Job, store: PartStore, home: str) -> None:
+def _score_share(job: Job, home: str) -> None:
     if os.path.isdir(home):
         os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
-    store.look(job.share)
+    store = store_of(job)
+    store.look()
     _keep_parts(job, store, walk_all(job.sources), silent, Totals())
 
 
@@ -242,10 +243,13 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     settings = _settings(job)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        store.look(job.share)
+        store.look()
         totals.before = sum(part.rows for part in store.known.values())
-        if note := _say_of_before(job, totals.before):
-            console.warn(note)
+        if totals.before:
+            scored = counted(totals.before, "image")
+            console.warn(f"{job.out}: an earlier run scored {scored}; going on with the others (--restart: anew)")
+        elif os.path.isfile(job.out):
+            console.warn(f"{job.out} is there already: this run replaces it")
         if job.engine == "ray":
             score_on_ray(job, store, console.progress)
         _keep_parts(job, store, files, console.progress, totals)
@@ -262,17 +266,10 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     return totals
 
 
-def _say_of_before(job: Job, rows: int) -> str:
-    if rows:
-        return (
-            f"{job.out}: an earlier run scored {counted(rows, 'image')}; going on with the others (--restart: anew)"
-        )
-    return f"{job.out} is there already: this run replaces it" if os.path.isfile(job.out) else ""
-
-
 def store_of(job: Job) -> PartStore:
     """Where parts are kept: the folder itself, or one beside the file until it is whole."""
-    return PartStore(job.out, ".parquet") if job.is_folder else PartStore(f"{job.out}.parts", Path(job.out).suffix)
+    folder, suffix = (job.out, ".parquet") if job.is_folder else (f"{job.out}.parts", Path(job.out).suffix)
+    return PartStore(folder, suffix, job.share)
 
 
 def check_outputs(job: Job) -> None:
@@ -308,18 +305,14 @@ def _reads_again(sources: Iterable[str], place: str) -> bool:
 
 
 def _settings(job: Job) -> dict[str, Any]:
+    decision = json.dumps(read_meta(job.model)["decision"], sort_keys=True)  # it names the model
     return {
-        "model": _decision_digest(job.model),
+        "model": hashlib.sha256(decision.encode()).hexdigest()[:16],
         "columns": " ".join(column.name for column in columns()),  # another version may have others
         "names-of-parts": 2,
         "part-rows": job.rows_of_a_part,
         **{name.removesuffix("_name").replace("_", "-"): getattr(job, name) for name in _FIXED},
     }
-
-
-def _decision_digest(path: Path) -> str:
-    """What identifies a model with its calibration."""
-    return hashlib.sha256(json.dumps(read_meta(path)["decision"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:

@@ -79,6 +79,7 @@ class PartStore:
 
     folder: str
     suffix: str
+    share: tuple[int, int] = (0, 1)  # of the units: its number, and of how many
     known: dict[Place, Part] = field(default_factory=dict)
 
     def begin(self, settings: Mapping[str, Any], restart: bool) -> None:
@@ -98,10 +99,10 @@ class PartStore:
         else:
             files.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
 
-    def look(self, share: tuple[int, int]) -> None:
-        """Find the parts that are there of a share of the units: its number, and of how many."""
-        parts = (Part.of(name) for name in files.names(self.folder))
-        self.known = {part.place: part for part in parts if part is not None and part.unit % share[1] == share[0]}
+    def look(self) -> None:
+        """Find the parts that are there of this share."""
+        (number, of), parts = self.share, map(Part.of, files.names(self.folder))
+        self.known = {part.place: part for part in parts if part is not None and part.unit % of == number}
 
     def of_unit(self, unit: int, digest: str) -> list[Part]:
         """Parts of a unit that are there, its first ones; a DataError where its images were others then."""

@@ -11,7 +11,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib import metadata
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
-Answer = TypeVar("Answer")
 Tag = TypeVar("Tag")
 _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
@@ -86,21 +85,16 @@ class Predictor:
     ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
+        ``source``, ``class_name``, ``bgr`` and the errors are those of `Detector.predict`.
+
         Args:
-            source: as `Detector.predict` takes it: a path, folder, glob, ``@list``, archive, table, URL, image, array
-                (RGB), or any iterable of these.
+            source: images.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
-            class_name: class of all these images, whose thresholds then hold; None predicts it per image.
+            class_name: None predicts it per image.
             live: answer each image before the next one is taken, instead of reading ahead; None: where the source is
                 an iterable without a length, such as a generator.
-            bgr: arrays have blue first, as OpenCV reads them.
-
-        Raises:
-            ConfigError: a class that the bundle does not know.
-            DataError: nothing to score.
-            ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
-                read. An unreadable file among several gives a result with ``error`` instead.
+            bgr: arrays have blue first.
         """
         self.decision.checked_class(class_name)
         items = map(decode.from_bgr, decode.expand(source)) if bgr else decode.expand(source)
@@ -215,32 +209,29 @@ class TorchRuntime:
         self.usual = min(torch.get_num_threads(), _MOST_BESIDE) if device == "cpu" else _GPU_BATCH
 
     def run(self, pixels_BHWC: Pixels) -> Answers:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-        parts = self.spread(self.call, pixels_BHWC)
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`.
 
-    def spread(self, call: Callable[[Pixels], Answer], pixels_BHWC: Pixels) -> list[Answer]:
-        """What ``call`` says of the batch; on a CPU of each of its images, side by side with a share of the threads.
-
-        Threads that share an image wait for each other hundreds of times, and beside another busy process each time
-        for the slowest. Side by side nobody waits.
+        On a CPU images are computed side by side, each with a share of the threads. Threads that share an image wait
+        for each other hundreds of times, and beside another busy process each time for the slowest. Side by side
+        nobody waits.
         """
         if self.device != "cpu":
-            return [call(pixels_BHWC)]
+            return self.call(pixels_BHWC)
         with _CPU:
             threads = self._torch.get_num_threads()
             beside = min(len(pixels_BHWC), threads)
             if beside < 2:
-                return [call(pixels_BHWC)]
+                return self.call(pixels_BHWC)
 
-            def alone(one_BHWC: Pixels) -> Answer:
+            def alone(one_BHWC: Pixels) -> Answers:
                 self._torch.set_num_threads(threads // beside)
-                return call(one_BHWC)
+                return self.call(one_BHWC)
 
             try:
-                return list(self._pool.map(alone, np.split(pixels_BHWC, len(pixels_BHWC))))
+                parts = list(self._pool.map(alone, np.split(pixels_BHWC, len(pixels_BHWC))))
             finally:
                 self._torch.set_num_threads(threads)  # part of it holds for all threads of the process
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def call(self, pixels_BHWC: Pixels) -> Answers:
         """As `run`, in one call of the model."""

@@ -25,6 +25,8 @@ _OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
 _BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
+_STEPS, _KNOWN = np.linspace(0.0, len(COLOURS) - 1, 1024), np.arange(len(COLOURS))
+_TABLE = np.stack([np.interp(_STEPS, _KNOWN, channel) for channel in COLOURS.T], 1).round().astype(np.uint8)
 
 
 class Column(NamedTuple):
@@ -330,11 +332,3 @@ def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArra
     """
     place = np.arcsinh((values - scale[0]) * (_BEND / max(scale[1] - scale[0], 1e-9))) / math.asinh(_BEND)
     return np.asarray(_TABLE[(np.clip(place, 0.0, 1.0) * (len(_TABLE) - 1)).astype(np.int64)], dtype=np.uint8)
-
-
-def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
-    place, known = np.linspace(0.0, len(COLOURS) - 1, steps), np.arange(len(COLOURS))
-    return np.stack([np.interp(place, known, channel) for channel in COLOURS.T], 1).round().astype(np.uint8)
-
-
-_TABLE = _colour_table()

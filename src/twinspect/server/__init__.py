@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from twinspect.errors import TwinspectError, required
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
-
 
 class Refused(TwinspectError):
     """A request that is not answered as asked: HTTP's status, a code for programs, a message for people."""
@@ -17,7 +15,7 @@ class Refused(TwinspectError):
         self.status, self.code, self.headers = status, code, headers
 
 
-def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
+def refuse_missing() -> None:
     """Say what to type where packages of the extra are missing."""
-    for name in names:
+    for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy"):
         required(name, "the server", "twinspect[server]")

@@ -304,17 +304,10 @@ def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     return {**row, **result.answer_row()}
 
 
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """Good images of a log; good and bad ones; and sentences on what was left out."""
-
-    good: Scored
-    labelled: Scored
-    notes: tuple[str, ...]
-
-
-def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: str | None = None) -> Logged:
-    """Good and bad images of a log, without looking at a picture again.
+def learn(
+    log: InspectionLog, decision: Decision, since: str = "", class_name: str | None = None
+) -> tuple[Scored, Scored, list[str]]:
+    """Good images of a log, good and bad ones, and notes on what was left out; no picture is looked at again.
 
     Rows of other models than the decision's are left out, as their scores cannot be compared, and those from before
     ``since``, an ISO date or time (local where it names no zone). A DataError where no good image is left.
@@ -337,7 +330,7 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
             f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
             f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
         )
-    return Logged(_scored(good, []), _scored(good, bad), tuple(notes))
+    return _scored(good, []), _scored(good, bad), notes
 
 
 def label_of(answer: str, feedback: str) -> int | None:
