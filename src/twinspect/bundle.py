@@ -89,9 +89,14 @@ def keep_old(path: Path) -> str:
     if not path.is_file():
         return ""
     backup = path.with_name(f"{path.name}.bak")
-    with path.open("rb") as old, files.replacing(backup) as copy:
-        shutil.copyfileobj(old, copy)
+    copy_whole(path, backup)
     return f"kept the model that was there as {backup} (--force keeps none)"
+
+
+def copy_whole(path: Path, to: Path) -> None:
+    """Copy a file; a crash leaves the whole copy or none."""
+    with path.open("rb") as old, files.replacing(to) as copy:
+        shutil.copyfileobj(old, copy)
 
 
 def read_bundle(path: Path) -> BundleContent:

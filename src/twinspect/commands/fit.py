@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import fields
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import files
-from twinspect.bundle import Fitted, keep_old, load, read_bundle, refuse_unwritable, save
+from twinspect.bundle import Fitted, copy_whole, keep_old, load, read_bundle, refuse_unwritable, save
 from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.info import outlier_lines
 from twinspect.commands.options import FitOptions, UpdateOptions
@@ -182,7 +181,7 @@ def update(options: UpdateOptions, console: Console) -> None:
     if out == bundle:
         before = _model_before(bundle, len(after.record["updates"]))
         refuse_unwritable(before)
-        shutil.copy2(bundle, before)
+        copy_whole(bundle, before)
         console.say(f"the model before is kept as {before}; twinspect update {bundle} --undo takes it back")
     save(after, out)
     console.say(*update_lines({"updates": [last]}), *threshold_section(after.decision).lines())
