@@ -145,7 +145,8 @@ def test_commands_stand_in_the_order_of_work_each_with_an_example_that_parses() 
 def commands_of(group: Any, prefix: str = "") -> dict[str, Any]:
     """All commands below a group by what is typed, in their order."""
     found = {}
-    for name, command in getattr(group, "commands", {}).items():
+    for name in group.list_commands(None) if hasattr(group, "commands") else ():
+        command = group.commands[name]
         found |= {f"{prefix}{name}": command, **commands_of(command, f"{prefix}{name} ")}
     return found
 
