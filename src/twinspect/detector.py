@@ -257,8 +257,8 @@ class Detector:
         from twinspect.inference.predictor import Predictor, TorchRuntime
 
         if self._predictor is None:
-            device = choose_device(self.config.train.device)
-            self._predictor = Predictor(TorchRuntime(self.fitted.model, device), self.fitted.decision)
+            runtime = TorchRuntime(self.fitted.model, choose_device(self.config.train.device))
+            self._predictor = Predictor(runtime, self.fitted.decision, runtime.usual)
         return self._predictor
 
     def save(self, path: str | Path) -> Path:

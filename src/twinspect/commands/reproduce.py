@@ -199,7 +199,7 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     fit_s = time.monotonic() - began
     results.warn_of(fitted, console)
     runtime = TorchRuntime(fitted.model, choose_device(config.train.device))
-    measured = measure(Predictor(runtime, fitted.decision), split, console)
+    measured = measure(Predictor(runtime, fitted.decision, runtime.usual), split, console)
     result = {
         **measured.values,
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
