@@ -232,8 +232,7 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     ViT: the kept maps, one each. CNN: what a surface is made of (stride 4 alone), fine (strides 4, 8 and the first of
     16, on the grid of 8), middle (stride 8 and all of 16, on the grid of 16), deep (the last of 16 and of 32, on the
     grid of 16), and deep once more in the coarse view, which sees what is large. The last two make the map only. The
-    score reads the deepest stages as means of regions instead: noise of single positions averages out there. The fine
-    group is in the score only, as its maps are in the map already: in what the groups beside it see.
+    score reads the deepest stages as means of regions instead: noise of single positions averages out there.
     """
     if info.vit:
         return [GroupPlan((i,), info.strides[0]) for i in range(len(selection.channels))]
@@ -246,7 +245,7 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     plans = [GroupPlan((last[4],), 4)] if 4 in last else []
     regions = tuple(i for i, stride in enumerate(info.strides) if stride == 32)
     plans += [
-        GroupPlan(tuple(fine), max(8, info.strides[fine[0]]), mapped=not plans),
+        GroupPlan(tuple(fine), max(8, info.strides[fine[0]])),
         GroupPlan(tuple(middle), grid_16),
         GroupPlan(deep, grid_16, scored=not regions),
     ]
