@@ -16,12 +16,14 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, run_config, same_tensors, train_samples
 from typer.testing import CliRunner
 
+from twinspect import Detector
 from twinspect import device as device_module
 from twinspect.cli import app
 from twinspect.commands.fit import merged
 from twinspect.config import RunConfig
 from twinspect.device import choose_device, cpu_quota, gpu_arithmetic, granted_threads, usable_cores
 from twinspect.errors import ConfigError
+from twinspect.inference.predictor import TorchRuntime, load_predictor
 from twinspect.training.distributed import backend_of, joined, own_device
 from twinspect.training.fit import fit
 from twinspect.training.loop import autocast
@@ -225,6 +227,27 @@ def test_threads_follow_the_time_that_is_granted(quota: float, threads: int, mon
     os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "3"
     device_module.share_cores()
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_runtime_on_another_device_leaves_the_model_on_the_cpu(quick: Detector) -> None:
+    """Whoever predicted on a GPU can still save and update: `meta` stands for the other device."""
+    model = quick.fitted.model
+    runtime = TorchRuntime(model, "meta")
+    assert {str(tensor.device) for tensor in runtime.model.state_dict().values()} == {"meta"}
+    assert {str(tensor.device) for tensor in model.state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"), [("tf32", "--precision tf32 is for a GPU, and "), ("bf16", "accepted fp32 or tf32")]
+)
+@no_gpu
+def test_a_precision_that_would_not_hold_is_refused(precision: str, message: str, bundle: Path, parts: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_predictor(bundle, device="auto", precision=precision)
+    with pytest.raises(ConfigError, match="an exported model has its own precision"):
+        load_predictor(bundle.with_suffix(".onnx"), precision=precision)
+    done = CliRunner().invoke(app, ["predict", str(bundle), str(parts), "--precision", precision])
+    assert (done.exit_code, precision in done.output) == (2, True)
 
 
 @pytest.mark.slow

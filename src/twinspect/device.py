@@ -21,6 +21,9 @@ _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+PRECISIONS = ("fp32", "tf32")  # of predictions on a GPU
+
+
 def share_cores() -> None:
     """Let the threads of torch get along with other processes: they wait briefly, on the cores that there are.
 

@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
 def evaluate(options: EvalOptions, console: Console) -> None:
     """Score the test images of a data set, print the metrics and write them where asked."""
     results.check_outputs(options.report, options.json_file)
-    detector = Detector.load(options.model)
+    detector = Detector.load(options.model, options.device)
     predictor, config, recorded = detector.predictor(), detector.config, detector.record_.get("split", {})
     loaded = results.read_data(options.data, options.layout, options.images, console)
     split = choose_test(loaded, options.split or recorded.get("name", ""), config.train.seed, [predictor])

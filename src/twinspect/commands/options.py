@@ -161,6 +161,7 @@ class EvalOptions(ReadsData):
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
+    device: str = option("Where the model runs: auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,17 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 2.0  # between looks at what a cluster has done
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 # Options that parts of one run must have in common, beside the model and the columns.
-_FIXED = ("class_name", "maps", "masks", "overlays", "overlay_format", "overlay_side", "submission", "coco")
+_FIXED = (
+    "class_name",
+    "precision",
+    "maps",
+    "masks",
+    "overlays",
+    "overlay_format",
+    "overlay_side",
+    "submission",
+    "coco",
+)
 Skipped = Callable[[Part], None]  # told of a part that an earlier run had done
 Visit = Callable[[dict[str, Any]], None]  # told of a row
 

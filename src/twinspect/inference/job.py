@@ -14,6 +14,7 @@ from pathlib import Path
 
 from twinspect._version import __version__
 from twinspect.config import Range, argument, check_options, flag_of, option
+from twinspect.device import PRECISIONS
 from twinspect.errors import ConfigError
 from twinspect.files import is_url
 
@@ -74,10 +75,9 @@ class Job:
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     precision: str = option(
-        "Of a bundle on a GPU: fp32, or tf32: twice as fast, scores differ a little.",
-        "fp32",
-        accepts=("fp32", "tf32"),
-    )
+        "Of a bundle on a GPU: fp32, or tf32: up to three times as fast, scores differ a little.", "fp32",
+        accepts=PRECISIONS,
+    )  # fmt: skip
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))
     watch: bool = option(
         "Go on with images that arrive in the folders, until it is stopped; rows go to --out -.", False, "--watch"

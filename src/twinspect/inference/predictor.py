@@ -25,7 +25,14 @@ from numpy.typing import NDArray
 from twinspect.bundle import EXPORTS, is_export, read_meta
 from twinspect.data.images import MOST_PIXELS
 from twinspect.decide.decision import Decision
-from twinspect.device import choose_device, gpu_arithmetic, granted_threads, keep_freed_memory, share_cores
+from twinspect.device import (
+    PRECISIONS,
+    choose_device,
+    gpu_arithmetic,
+    granted_threads,
+    keep_freed_memory,
+    share_cores,
+)
 from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError, required
 from twinspect.inference import decode
 from twinspect.inference.decode import Decoded, Decoding
@@ -314,7 +321,7 @@ def load_predictor(
             export 1.
         device: of a bundle: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` (a GPU where there is one). Exported models
             go by what their runtime offers.
-        precision: of a bundle on a GPU: ``fp32``, or ``tf32``: two to three times as fast, scores differ a little.
+        precision: of a bundle on a GPU: ``fp32``, or ``tf32``: up to three times as fast, scores differ a little.
 
     Raises:
         BundleError: damaged, changed, too new or too old.
@@ -325,6 +332,10 @@ def load_predictor(
         ...     print(result.path, result.score, result.is_anomaly)
     """
     path = Path(path)
+    if precision not in PRECISIONS or (precision != "fp32" and is_export(path)):
+        raise ConfigError(
+            f"--precision {precision}: accepted {' or '.join(PRECISIONS)}; an exported model has its own precision"
+        )
     if is_export(path):
         if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(
@@ -343,6 +354,8 @@ def load_predictor(
     from twinspect.bundle import load
 
     chosen, fitted = choose_device(device), load(path)
+    if precision != "fp32" and chosen == "cpu":
+        raise ConfigError(f"--precision {precision} is for a GPU, and {path.name} would run on the CPU; leave it out")
     torch_runtime = TorchRuntime(fitted.model, chosen, threads, precision)
     return Predictor(torch_runtime, fitted.decision, batch or torch_runtime.usual)
 
