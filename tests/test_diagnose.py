@@ -1,6 +1,7 @@
 """Cross-class images are what they say, and a model that knows its classes notices them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,21 @@ def test_command_prints_json_alone_and_refuses_in_words(
     done = CliRunner().invoke(app, [*run, "--report", str(tmp_path / "r.pdf")])
     assert done.exit_code == 2
     assert ".html" in done.stderr
+
+
+@pytest.mark.parametrize("normals", [1, 40])
+def test_images_that_cannot_be_read_are_left_out(
+    bundles: dict[str, Path], parts: Path, tmp_path: Path, normals: int
+) -> None:
+    shutil.copytree(parts, tmp_path / "set")
+    first, second = (by_class[0] for by_class in normal_images(load(tmp_path / "set").samples, plan()).values())
+    for sample in (first, second):
+        sample.image.write_bytes(b"")
+    run = ["diagnose", str(bundles["snl"]), str(tmp_path / "set"), "--count", "4", "--normals", str(normals + 1)]
+    done = CliRunner().invoke(app, [*run, "--json", "-"])
+    assert done.exit_code == 0, done.output
+    failed = json.loads(done.stdout)["failed"]
+    assert [line.count(str(sample.image)) for line, sample in zip(failed, (first, second), strict=True)] == [1, 1]
 
 
 def test_a_trained_model_notices_other_classes_better_than_chance(tmp_path: Path) -> None:

@@ -383,6 +383,12 @@ def test_names_of_images() -> None:
     assert not is_image(Path("a/b.txt"))
 
 
+def test_a_jpeg_that_a_phone_calls_heic_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "IMG_1.jpg", picture()).rename(tmp_path / "IMG_1.HEIC")
+    assert is_image(path)
+    assert read_rgb(path).shape == (96, 96, 3)
+
+
 def test_masks(tmp_path: Path) -> None:
     mask = np.zeros((20, 30), np.uint8)
     mask[3:5, 4:9] = 1  # any value above zero is defect

@@ -36,10 +36,11 @@ def beside(
     root = tmp_path_factory.mktemp("beside")
     images = images_to_test(parts, 1)[:4]
     save(root / "wide.png", np.asarray(Image.fromarray(pixels(images[0])).resize((2600, 1800))))
+    (root / "wide.png").rename(wide := root / f"Größe 部品{'部' * 70}.png")
     options = {"maps": str(root / "maps"), "masks": str(root / "masks"), "overlays": str(root / "over")}
-    sources = [*images, root / "wide.png", root / "gone.png"]
+    sources = [*images, wide, root / "gone.png"]
     runs(job(model, root / "t.parquet", *sources, **options, coco=str(root / "c.json")))
-    return root, table(root / "t.parquet"), [*images, root / "wide.png"]
+    return root, table(root / "t.parquet"), [*images, wide]
 
 
 def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[Path]], quick: Detector) -> None:
@@ -47,6 +48,7 @@ def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[
     assert all(len(list((root / name).iterdir())) == 5 for name in ("maps", "masks", "over"))
     assert rows[-1]["error"]
     assert rows[-1]["map_path"] == ""
+    assert "_Größe_部品部" in rows[-2]["map_path"]
     for row, path in zip(rows, images, strict=False):
         heat = np.load(row["map_path"])["map"]
         expected = quick.predict(path).map

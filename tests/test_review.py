@@ -58,6 +58,11 @@ def test_the_worst_mistakes_and_the_clearest_defects_are_shown() -> None:
     assert review.sections(lambda names: asked.extend(names) or [])
     assert set(asked) == {f"nut/{i}" for i in (1, 7, 6, 5, 4, 3, 9, 8, 10)}
     assert review.errors == 1
+    review = reviewed(*({"path": str(i), "error": f"{i}: cannot be read", "score": None} for i in range(22)))
+    (remarks,) = review.remarks()
+    assert (len(remarks.text), remarks.text[0]) == (21, "not scored: 0: cannot be read")
+    assert remarks.text[-1] == "not scored: 2 more"
+    assert reviewed().remarks() == []
 
 
 def test_eval_report_shows_decisions_and_pictures(bundle: Path, parts: Path, tmp_path: Path) -> None:
@@ -125,6 +130,8 @@ def test_predict_report(bundle: Path, parts: Path, tmp_path: Path, out: str) -> 
     assert html.count("data:image/jpeg") >= 6
     for path in images:
         assert path.name in html
+    assert "not scored:" in html
+    assert "gone.png" in html
 
 
 def test_predict_refuses_a_report_of_a_share(bundle: Path, parts: Path, tmp_path: Path) -> None:

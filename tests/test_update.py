@@ -130,7 +130,11 @@ def test_the_command_learns_lists_and_takes_back(quick: Detector, tmp_path: Path
     assert undone.exit_code == 2
     assert "written to a file of its own" in undone.output
     assert read_bundle(bundle).meta["decision"]["model_id"] in undone.output
-    assert "taken back" in run(app, ["update", str(bundle), "--undo"]).output
+    assert run(app, ["update", str(bundle), str(tmp_path / "more"), "--class", name]).output.count("2. 20") == 1
+    undone = run(app, ["update", str(bundle), "--undo"]).output
+    assert undone.startswith("taken back: 2. ")
+    assert "thresholds are those of before it" in undone
+    assert "taken back: 1. " in run(app, ["update", str(bundle), "--undo"]).output
     assert bundle.read_bytes() == original
     assert run(app, ["update", str(bundle), "--undo"]).exit_code == 2
     assert "one of the three" in run(app, ["update", str(bundle)]).output

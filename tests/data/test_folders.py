@@ -355,7 +355,7 @@ def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_words_about_what_is_not_read(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a", "x.heic", r"x\.heic is in a format that is not read; save such pictures as PNG or JPEG"),
+        ("a", "x.dng", r"x\.dng is in a format that is not read; save such pictures as PNG or JPEG"),
         ("b", "x.zip", r"x\.zip is an archive: unpack it, and give the folder"),
     ):
         with pytest.raises(DataError, match=message):
@@ -364,7 +364,7 @@ def test_words_about_what_is_not_read(tmp_path: Path) -> None:
         load(tmp_path / "b" / "x.zip")
     with pytest.raises(DataError, match="It is one image: give the folder of many"):
         load(tree(tmp_path / "c", **{"{:03d}.png": 1}) / "000.png")
-    mixed = load(tree(tmp_path / "d", **{"{:03d}.png": 3, "y.HEIC": "x"}))
+    mixed = load(tree(tmp_path / "d", **{"{:03d}.png": 3, "y.DNG": "x"}))
     assert "a picture in a format that is not read" in mixed.skipped[0][1]
 
 

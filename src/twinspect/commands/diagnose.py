@@ -172,16 +172,18 @@ def interference(
 ) -> Diagnosis:
     """Score cross-class images against normal ones, for every ordered pair of classes.
 
-    With ``pictures`` the results that passed most easily keep theirs. A DataError for too few classes or images, an
-    image that cannot be read, or a score that is not finite.
+    With ``pictures`` the results that passed most easily keep theirs. Images that cannot be read are left out. A
+    DataError for too few classes or images, or a score that is not finite.
     """
     chosen = normal_images(samples, options)
     diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
+    normal: dict[str, Evaluator] = {}
+    for name, members in chosen.items():
+        normal[name], chosen[name] = _of_normal_images(predictor, members, options.normals, diagnosis)
     for base, members in chosen.items():
-        normal = _of_normal_images(predictor, members[: options.normals], diagnosis)
         for other in (name for name in chosen if name != base):
             evaluator = Evaluator()
-            evaluator.merge(normal)
+            evaluator.merge(normal[base])
             for kind in KINDS:
                 made = list(composites(members, chosen[other], kind, options.count, options.seed))
                 answers = predictor.predict([rgb for _, rgb, _ in made], maps=True, pixels=pictures)
@@ -201,19 +203,25 @@ def interference(
     return diagnosis
 
 
-def _of_normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> Evaluator:
-    """What every pair of a class is compared with."""
-    name, evaluator = members[0].class_name, Evaluator()
-    for result in predictor.predict(list(members), maps=True, pixels=False):
+def _of_normal_images(
+    predictor: Predictor, members: Sequence[Sample], count: int, diagnosis: Diagnosis
+) -> tuple[Evaluator, list[Sample]]:
+    """What every pair of a class is compared with, the first ``count`` images; and those that can be read, of all."""
+    name, evaluator, readable = members[0].class_name, Evaluator(), list[Sample]()
+    results = predictor.predict(list(members), maps=True, pixels=False)
+    for number, (sample, result) in enumerate(zip(members, results, strict=True)):
         if result.error:
-            diagnosis.failed.append(f"{result.path}: {result.error}")
+            diagnosis.failed.append(result.error)
+            continue
+        readable.append(sample)
+        if number >= count:
             continue
         if result.predicted_class in diagnosis.classes:  # a model may know them by other names
             diagnosis.taken[name, result.predicted_class] += 1
         evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
     if not evaluator.classes:
         raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
-    return evaluator
+    return evaluator, readable
 
 
 # ---------------------------------------------------------------------------------------------------- the command

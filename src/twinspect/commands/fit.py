@@ -177,14 +177,13 @@ def update(options: UpdateOptions, console: Console) -> None:
     loaded = read_data(options.new, options.layout, options.images, console)
     after = learn_more(fitted, loaded.samples, options.class_name or None, console.progress)
     warn_of(after, console)
-    last = after.record["updates"][-1]
     if out == bundle:
         before = _model_before(bundle, len(after.record["updates"]))
         refuse_unwritable(before)
         copy_whole(bundle, before)
         console.say(f"the model before is kept as {before}; twinspect update {bundle} --undo takes it back")
     save(after, out)
-    console.say(*update_lines({"updates": [last]}), *threshold_section(after.decision).lines())
+    console.say(update_lines(after.record)[-1], *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -205,7 +204,8 @@ def _model_before(bundle: Path, updates: int) -> Path:
 
 def _taken_back(bundle: Path) -> str:
     """Put the model before the last update into its place."""
-    updates = read_bundle(bundle).meta["record"].get("updates", [])
+    record = read_bundle(bundle).meta["record"]
+    updates = record.get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
     last, before = updates[-1], _model_before(bundle, len(updates))
@@ -216,4 +216,4 @@ def _taken_back(bundle: Path) -> str:
             "moved, or this update was written to a file of its own, and the bundle updated has not changed"
         )
     os.replace(before, bundle)
-    return f"taken back: {update_lines({'updates': [last]})[0].partition(' ')[2]}"
+    return f"taken back: {update_lines(record)[-1]}; thresholds are those of before it, too"

@@ -92,9 +92,7 @@ def _card(
     if training["steps"]:
         kept = learnt - images["train"]
         taught = f"{images['train']} taught the students, and {kept} were kept to measure their skill"
-    told = (
-        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
-    )
+    told = f"{learnt} good images, {taught}. Left out: {images['skipped']}. No image with a defect was learnt from."
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
     counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)

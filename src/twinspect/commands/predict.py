@@ -63,5 +63,5 @@ def write_reports(job: Job, review: Review, console: Console) -> None:
         "other_thresholds": review.other_thresholds(),
     }
     pictures = review.sections(again if shows_pictures(job.report) else None)
-    sections = [Section("Answers", (), (answers,), printed=False), *pictures]
+    sections = [Section("Answers", (), (answers,), printed=False), *pictures, *review.remarks()]
     publish(Report(f"{name} on {', '.join(job.sources[:3])}", sections, facts, values), job, console)

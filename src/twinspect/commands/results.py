@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MASK_RULE, MAP_SIZE = "> 0", "original image"
 FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
 _MOST_PICTURES = 6  # pictures of a kind and class
+_MOST_NAMED = 20  # images that are not scored
 _UNKNOWN = -1
 
 Rows = Mapping[str, Mapping[str, Any]]  # values by the name of a class, split or score
@@ -129,6 +130,7 @@ class Review:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self.errors = 0
+        self._unread: list[str] = []  # the first of them: what is wrong
         self._numbers: dict[str, array[float]] = {}  # by class: score, threshold and label of every image in turn
         self._shown: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
         for row in rows:
@@ -139,6 +141,8 @@ class Review:
         score, threshold = (number_in(row.get(name)) for name in ("score", "threshold"))
         if row.get("error") or not np.isfinite(score):
             self.errors += 1
+            if len(self._unread) < _MOST_NAMED:
+                self._unread.append(str(row.get("error") or row["path"]))
             return
         name = str(row.get("true_class") or row.get("class_name") or "")
         label = int(row.get("label", _UNKNOWN))
@@ -193,6 +197,13 @@ class Review:
         more = len(self.classes) - MOST_CHARTS
         text = (f"{more} more classes are not drawn.",) if more > 0 else ()
         return [*shown, Section("Scores", text, charts, printed=False)]
+
+    def remarks(self) -> list[Section]:
+        """The images without a score, of many the first ones."""
+        lines = [f"not scored: {reason}" for reason in self._unread]
+        if (more := self.errors - len(lines)) > 0:
+            lines.append(f"not scored: {more:,} more")
+        return [Section("Remarks", tuple(lines), printed=False)] if lines else []
 
     def _threshold_table(self) -> Table:
         _, _, label = self.columns()

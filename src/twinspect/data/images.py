@@ -33,14 +33,14 @@ _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave t
 # meant for other things than photographs; whatever an upload calls itself, they are refused.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
 ACCEPTED = "PNG, JPEG, TIFF, BMP, WebP, GIF, PPM, JPEG 2000, AVIF"  # for messages
-SUFFIXES = frozenset(
+SUFFIXES = frozenset(  # HEIC is not read, but phones and chats also call a JPEG so
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .pfm .gif .jp2 .j2k .jpx "
-    ".avif".split()
+    ".avif .heic .heif .hif".split()
 )
 SEVERAL_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".webp", ".apng", ".avif"})  # may hold several pictures
 # Pictures and volumes that people have and that are not read: worth other words than "not an image file".
 UNREAD_SUFFIXES = frozenset(
-    ".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raw .psd .exr .hdr .svg .ico .tga .pcx .dcm .dicom .nii .czi "
+    ".jxl .dng .cr2 .cr3 .nef .arw .raw .psd .exr .hdr .svg .ico .tga .pcx .dcm .dicom .nii .czi "
     ".lif .nd2 .npy .npz .pdf".split()
 )
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF

@@ -36,7 +36,7 @@ _MOST_BYTES = 1 << 40
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
 FORMATS = (".parquet", ".csv", ".jsonl")
 Place = tuple[int, int]
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_UNSAFE = re.compile(r"[^\w.-]+")  # letters of every language are harmless
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
 
@@ -241,7 +241,8 @@ def save_pictures(result: Result, job: Job, unit: int, index: int) -> None:
     """
     if result.error:
         return
-    stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
+    named = _UNSAFE.sub("_", PurePosixPath(result.path).stem).encode()[:80].decode(errors="ignore")
+    stem = f"{unit:06d}-{index:06d}_{named}"
     if job.maps:
         body = io.BytesIO()
         np.savez_compressed(body, map=_half(_map(result)))

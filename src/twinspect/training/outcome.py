@@ -143,8 +143,7 @@ def outcome_of(
         **sizes(model),
         "least_like": [
             {
-                "path": pictures[i].name, "class_name": pictures[i].class_name,
-                "score": round(float(good.score_n[i]), 3),
+                "path": pictures[i].name, "class_name": pictures[i].class_name, "score": float(good.score_n[i]),
             }
             for i in by_score(pictures, good)[: max(LISTED, config.drop_outliers)]
         ],
