@@ -30,7 +30,7 @@ from twinspect.decide.decision import (
     refuse_unsupported,
 )
 from twinspect.errors import DataError
-from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
+from twinspect.types import CALIBRATION, Progress, Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
@@ -50,9 +50,8 @@ class Scored:
 
 def good_samples(samples: Sequence[Sample]) -> list[Sample]:
     """Good images to calibrate with: those of the set's own calibration split, else of its training split."""
-    normal = [s for s in samples if s.split != TEST and s.label in (0, None)]
-    held = [s for s in normal if s.split == CALIBRATION]
-    good = held or [s for s in normal if s.split == TRAIN]
+    good = [s for s in samples if s.is_good]
+    good = [s for s in good if s.split == CALIBRATION] or good
     if not good:
         raise DataError("no good images found; give a folder of good images, or one with a folder good inside")
     return good

@@ -36,7 +36,7 @@ from twinspect.models.weights import licence
 from twinspect.training.derived import FEW, Copy, Tile, picture_of
 from twinspect.training.normal import GoodImages, add_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key
-from twinspect.types import TEST, Progress, Sample
+from twinspect.types import Progress, Sample
 
 LISTED = 10  # images that are least like the others, at least, in the record
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
@@ -259,7 +259,7 @@ def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
     """Good images, each once, with the class that they are learnt as."""
-    good = [s for s in samples if s.split != TEST and s.label in (0, None)]
+    good = [s for s in samples if s.is_good]
     distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
     notes += sentences
     if class_name is not None:
