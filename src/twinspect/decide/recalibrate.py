@@ -137,9 +137,8 @@ def recalibrate(
         fixed |= _fixed_thresholds(labelled, rule, miss_cost, notes)
     after = replace(decision, good=good, fixed=fixed)
     if max_fpr is not None or unsure is not None:
-        old = decision.budget_of(class_name or "")
         # A rate without --unsure asks for two answers.
-        new = Budget(max_fpr, unsure) if max_fpr is not None else Budget(old.max_fpr, unsure)
+        new = Budget(max_fpr if max_fpr is not None else decision.budget_of(class_name or "").max_fpr, unsure)
         if class_name is None:
             after = replace(after, budget=new, budgets={})
         else:

@@ -61,10 +61,6 @@ class Group:
         each = len(part) // self.world
         return list(part[self.rank * each : (self.rank + 1) * each])
 
-    def share_of_work(self, items: Sequence[T]) -> list[T]:
-        """What this process prepares of a list that all processes of its machine will need."""
-        return list(items[self.local_rank :: self.local_world])
-
     def gathered(self, value: T) -> list[T]:
         """What every process gives, by rank; each waits for all."""
         values: list[Any] = [value] * self.world

@@ -280,7 +280,7 @@ def _source(
     """What the teacher says of all images; of several processes each prepares its share of what all then read."""
     root = cache_folder(model, len(samples), config.train.cache_gb)
     if group.local_world > 1:
-        FeatureSource(model, group.share_of_work(samples), root, progress)
+        FeatureSource(model, samples[group.local_rank :: group.local_world], root, progress)
         group.gathered(None)
     return FeatureSource(model, samples, root, progress)
 

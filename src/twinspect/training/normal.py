@@ -126,7 +126,7 @@ def add_statistics(
     source: FeatureSource,
     images: Sequence[int],
     before: GoodImages,
-    classes: Sequence[str],
+    classes: tuple[str, ...],
     seed: int,
     progress: Progress,
 ) -> tuple[GoodImages, tuple[str, ...]]:
@@ -140,10 +140,12 @@ def add_statistics(
         Old images, then new ones; and the class of every cluster.
     """
     model.eval()
-    students, known = model.scorer.students_count(), list(classes)
-    clusters = partial(model.scorer.clusters.extend, before_m=before.cluster_n, classes=known, seed=seed)
+    names = dict.fromkeys(source.samples[i].class_name for i in images)
+    classes = (*classes, *(name for name in names if name not in classes))
+    clusters = partial(model.scorer.clusters.extend, before_m=before.cluster_n, classes=classes, seed=seed)
+    students = model.scorer.students_count()
     fitting = _Fitting(model, source, images, images, before, clusters, seed, progress, students)
-    return fitting.default(), tuple(known)
+    return fitting.default(), classes
 
 
 @dataclass(slots=True)
