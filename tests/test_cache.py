@@ -174,18 +174,18 @@ def test_decoding_runs_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.M
     samples = [replace(one, group=str(n)) for n in range(30) for one in samples_of(folder)]
     (folder / "001.png").write_bytes(b"no image")
     model, decoded, gaps, order = model_of(RANDOM_CNN), [], [], []
-    read = source_module.read_square
+    read = source_module.read_rgb
 
-    def counted(sample: Sample, size: int) -> np.ndarray:
-        decoded.append(sample)
-        return read(sample, size)
+    def counted(raw: bytes, name: str, draft_side: int) -> np.ndarray:
+        decoded.append(raw)
+        return read(raw, name=name, draft_side=draft_side)
 
     def note(_stage: str, done: int, _total: int) -> None:
         time.sleep(0.002)  # decoding is faster than any teacher
         gaps.append(len(decoded) - done)
         order.append(done)
 
-    monkeypatch.setattr(source_module, "read_square", counted)
+    monkeypatch.setattr(source_module, "read_rgb", counted)
     source = FeatureSource(model, samples, tmp_path / "cache", note)
     assert order == list(range(1, 91))
     assert 8 < max(gaps) <= 32

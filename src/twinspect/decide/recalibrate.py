@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.data.images import resize_rgb
+from twinspect.data.images import file_bytes, resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import (
     FEWEST,
@@ -88,7 +88,7 @@ def score_images(
 def key_of(sample: Sample, size: int) -> str:
     """Name of an image as training gives it: by its file, or by its pixels at the model's size."""
     if sample.in_file:
-        return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
+        return image_id(hashlib.sha256(file_bytes(sample.image)).digest())
     return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
 
 

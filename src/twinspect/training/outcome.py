@@ -25,6 +25,7 @@ from PIL import Image
 
 from twinspect.bundle import Fitted, model_id
 from twinspect.config import TrainConfig
+from twinspect.data.images import file_bytes
 from twinspect.data.protocols import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id, mixed_up, odd_images
@@ -58,7 +59,7 @@ def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[s
     names, groups, keys = ([column[i] for i in spoken] for column in good[-3:])
     for i, picture in enumerate(places):
         if picture.in_file and not isinstance(picture, Copy):  # named by its file, as where it is seen whole
-            keys[i] = image_id(image_key(picture.image.read_bytes()))
+            keys[i] = image_id(image_key(file_bytes(picture.image)))
     return good._replace(
         score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
         counted_n=good.counted_n[spoken], class_name=tuple(names), group=tuple(groups), key=tuple(keys),
