@@ -406,10 +406,10 @@ def fit_few(
         return good
     readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
     local, semantic = model.scorer.student_readings
-    theirs = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own stay as they are
-    theirs[:local] = theirs[model.scorer.local_count : model.scorer.local_count + semantic] = False
+    relearnt_R = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own readings stay as they are
+    relearnt_R[:local] = relearnt_R[model.scorer.local_count : model.scorer.local_count + semantic] = False
     for away, out in left_out:
-        readings_nR[away] = torch.where(theirs, out.readings_BR.cpu(), readings_nR[away])
+        readings_nR[away] = torch.where(relearnt_R, out.readings_BR.cpu(), readings_nR[away])
         peak_n[away] = out.map_B1HW.amax((1, 2, 3)).cpu()
         distance_n[away] = out.cluster_distance_B.cpu()
     columns = (readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
