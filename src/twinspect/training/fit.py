@@ -151,6 +151,8 @@ def fit(
         if resume.config.model.tiles:
             raise ConfigError("training cannot go on from a model with tiles; train a new one on all images")
         refuse_forgetting(resume.decision, samples, forget)
+    if work is not None and group.leads:
+        refuse_unwritable(work / LOG, "--out or --work")
     keep_freed_memory()
     with gpu_arithmetic(group.device.type):
         dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
@@ -203,8 +205,6 @@ def _fitted(
         take_over(model, resume.model)
     else:
         fit_scales(model, source, train_at, config.train.seed)
-    if work is not None and group.leads:
-        refuse_unwritable(work / LOG, "--out or --work")
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
     group.refuse_difference(fingerprint, len(source))
