@@ -285,6 +285,10 @@ def test_work_folder_that_cannot_be_made(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"work/train.jsonl cannot be written .*choose another --out or --work"):
         run(parts, run_config(), tmp_path / "file" / "work")
+    told = list[tuple[str, int, int]]()
+    with pytest.raises(OutputError):  # before the teacher sees an image
+        fit(train_samples(parts), run_config(), tmp_path / "file" / "work", lambda *row: told.append(row))
+    assert not told
 
 
 def test_detector_leaves_the_log_and_no_checkpoint(parts: Path, tmp_path: Path) -> None:
