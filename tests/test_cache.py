@@ -199,7 +199,7 @@ def test_tokens_alone_are_those_of_whole_records(teacher: str, tmp_path: Path) -
     model = model_of(teacher)
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
-    whole = on.batch([4, 0, 2])[0]
+    whole = next(on.ahead([[4, 0, 2]]))[0]
     tokens, embedding_nF = on.vectors([4, 0, 2])
     assert len(tokens) == len(whole.tokens) == len(model.selection.shrinks)
     assert all(torch.equal(a, b) for a, b in zip(tokens, whole.tokens, strict=True))
@@ -213,7 +213,7 @@ def test_cache_off_equals_cache_on(teacher: str, tmp_path: Path) -> None:
     model = model_of(teacher)
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
-    (first, small), (second, same) = on.batch([4, 0, 2]), off.batch([4, 0, 2])
+    (first, small), (second, same) = next(on.ahead([[4, 0, 2]])), next(off.ahead([[4, 0, 2]]))
     torch.testing.assert_close(first.tokens, second.tokens, rtol=1e-3, atol=1e-3)
     assert len(first.coarse) == len(model.selection.coarse_levels)
     for a, b in zip((*first.maps, *first.coarse), (*second.maps, *second.coarse), strict=True):
@@ -249,7 +249,9 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
     source = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     assert counting.seen == 7
     plain = FeatureSource(model, samples_of(folder), None, silent)
-    torch.testing.assert_close(source.batch([3])[0].tokens, plain.batch([3])[0].tokens, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        next(source.ahead([[3]]))[0].tokens, next(plain.ahead([[3]]))[0].tokens, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_other_teacher_weights_and_sizes_have_their_own_features(tmp_path: Path) -> None:

@@ -68,12 +68,8 @@ class FeatureSource:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, indices: Sequence[int]) -> tuple[Observed, Tensor]:
-        """The teacher's answer and the Encoder-Encoder's input of some samples."""
-        return self._finish(self._prepare(indices))
-
     def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
-        """Batches in order, each read and decoded while the one before it is worked on."""
+        """The teacher's answers and the shrunk pixels of batches, each read while the one before it is worked on."""
         for prepared in _in_order(self._prepare, parts, workers=1, ahead=1):
             yield self._finish(prepared)
 
