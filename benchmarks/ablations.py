@@ -47,7 +47,7 @@ from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.report import Report, Section, Table
 from twinspect.training.derived import add_copies
 from twinspect.training.fit import choose_images, fit_scales, take_over
-from twinspect.training.loop import TrainReport, train
+from twinspect.training.loop import train
 from twinspect.training.normal import fit_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key, observe, pack, space_of, unpack
 from twinspect.types import Sample
@@ -214,7 +214,7 @@ class Trained(NamedTuple):
     source: FeatureSource
     train_at: range
     held_at: range
-    report: TrainReport
+    numbers: dict[str, Any]  # what `train` says
 
 
 def trained_on(samples: Sequence[Sample], config: RunConfig, console: Console) -> Trained:
@@ -226,8 +226,8 @@ def trained_on(samples: Sequence[Sample], config: RunConfig, console: Console) -
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
     fit_scales(model, source, train_at, config.train.seed)
-    report = train(model, source, train_at, config.train, None, console.progress)
-    return Trained(model.eval(), source, train_at, held_at, report)
+    numbers = train(model, source, train_at, config.train, None, console.progress)
+    return Trained(model.eval(), source, train_at, held_at, numbers)
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def measured(rows, samples, configs, plan, seen, console):
         crossed = {} if plan is None else interference(predictor, samples, plan, console.progress).mean()
         for name, row in own.items():
             classes = read_as(row.reading, evaluation, said)
-            found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.report.numbers}
+            found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.numbers}
             found |= {"fit_s": fit_s, "test_s": round(time.monotonic() - began, 1)}
             yield name, found | ({"interference": crossed} if crossed and row.reading == "joint" else {})
 

@@ -106,7 +106,7 @@ def decoder_alone(model: Any, source: FeatureSource, config: TrainConfig, rate: 
     """The same step without the Encoder-Encoder, from memory: no reading, no decoding."""
     model.student.train()
     optimiser = make_optimiser(model, config)
-    observed, _ = source.batch(range(config.batch))
+    observed, _ = next(source.ahead([range(config.batch)]))
 
     def step() -> None:
         with autocast(config.precision, model.device):
@@ -155,7 +155,7 @@ def operations(model: Any, source: FeatureSource, config: TrainConfig) -> float:
     """Operations of a step by shapes: teacher where the source asks it, students forward and backward."""
     model.student.train()
     with FlopCounterMode(display=False) as counter:
-        observed, small = source.batch(range(config.batch))
+        observed, small = next(source.ahead([range(config.batch)]))
         with autocast(config.precision, model.device):
             loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
         loss.backward()

@@ -120,7 +120,7 @@ def decisions(args: argparse.Namespace, store: Store, console: Console) -> Table
 
 def patches_of(source: FeatureSource, at: list[int], levels: list[int]) -> torch.Tensor:
     """Stages joined on the grid of the finest, each averaged over 3 x 3: B x P x D."""
-    maps = source.batch(at)[0].maps
+    maps = next(source.ahead([at]))[0].maps
     near = [functional.avg_pool2d(maps[i].float(), 3, 1, 1, count_include_pad=False) for i in levels]
     side = near[0].shape[-1]
     return (

@@ -183,7 +183,7 @@ class _Profile:
         )
         parts = squares.split(teacher_batch(self.model))  # as the pass that fills the cache shows them
         measure("teacher", call=lambda: [observe(self.model, part) for part in parts])
-        observed, small = measure("read", call=lambda: source.batch(at))
+        observed, small = measure("read", call=lambda: next(source.ahead([at])))
         terms = self._forward(observed, small, counted)
         for name, child in self.model.student.named_children():
             weights = [p for p in child.parameters() if p.requires_grad]

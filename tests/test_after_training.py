@@ -60,7 +60,7 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
     model, source = source_of(options, tmp_path, cached)
     good = fit_statistics(model, source, TRAINED, HELD, 0, silent)
     with torch.no_grad():
-        out = model.score(*source.batch(list(range(24))))
+        out = model.score(*next(source.ahead([list(range(24))])))
     assert good.counted_n.tolist() == [i in HELD for i in range(24)]
     peak_B = out.map_B1HW.flatten(1).amax(1)
     expected = good._replace(
@@ -106,7 +106,7 @@ class Slow:
     def __init__(self, model: AnomalyModel, source: FeatureSource) -> None:
         self.model = model
         with torch.no_grad():
-            self.observed, _ = source.batch(list(range(24)))
+            self.observed, _ = next(source.ahead([list(range(24))]))
         names = [one.class_name for one in source.samples]
         self.own = [np.array([i for i in range(24) if names[i] == name]) for name in sorted(set(names))]
 
@@ -210,7 +210,7 @@ def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     model, source = source_of(options, tmp_path, cached)
     good = fit_statistics(model, source, TRAINED, HELD, 0, silent)
     with torch.no_grad():
-        out = model.score(*source.batch(list(range(24))))
+        out = model.score(*next(source.ahead([list(range(24))])))
     assert good.counted_n.all()
     assert torch.equal(good.cluster_n, out.cluster_B)
     assert out.score_B.mean() < good.score_n.mean()

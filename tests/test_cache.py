@@ -174,18 +174,18 @@ def test_decoding_runs_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.M
     samples = [replace(one, group=str(n)) for n in range(30) for one in samples_of(folder)]
     (folder / "001.png").write_bytes(b"no image")
     model, decoded, gaps, order = model_of(RANDOM_CNN), [], [], []
-    read = source_module.read_square
+    read = source_module.read_rgb
 
-    def counted(sample: Sample, size: int) -> np.ndarray:
-        decoded.append(sample)
-        return read(sample, size)
+    def counted(raw: bytes, name: str, draft_side: int) -> np.ndarray:
+        decoded.append(raw)
+        return read(raw, name=name, draft_side=draft_side)
 
     def note(_stage: str, done: int, _total: int) -> None:
         time.sleep(0.002)  # decoding is faster than any teacher
         gaps.append(len(decoded) - done)
         order.append(done)
 
-    monkeypatch.setattr(source_module, "read_square", counted)
+    monkeypatch.setattr(source_module, "read_rgb", counted)
     source = FeatureSource(model, samples, tmp_path / "cache", note)
     assert order == list(range(1, 91))
     assert 8 < max(gaps) <= 32
@@ -199,7 +199,7 @@ def test_tokens_alone_are_those_of_whole_records(teacher: str, tmp_path: Path) -
     model = model_of(teacher)
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
-    whole = on.batch([4, 0, 2])[0]
+    whole = next(on.ahead([[4, 0, 2]]))[0]
     tokens, embedding_nF = on.vectors([4, 0, 2])
     assert len(tokens) == len(whole.tokens) == len(model.selection.shrinks)
     assert all(torch.equal(a, b) for a, b in zip(tokens, whole.tokens, strict=True))
@@ -213,7 +213,7 @@ def test_cache_off_equals_cache_on(teacher: str, tmp_path: Path) -> None:
     model = model_of(teacher)
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
-    (first, small), (second, same) = on.batch([4, 0, 2]), off.batch([4, 0, 2])
+    (first, small), (second, same) = next(on.ahead([[4, 0, 2]])), next(off.ahead([[4, 0, 2]]))
     torch.testing.assert_close(first.tokens, second.tokens, rtol=1e-3, atol=1e-3)
     assert len(first.coarse) == len(model.selection.coarse_levels)
     for a, b in zip((*first.maps, *first.coarse), (*second.maps, *second.coarse), strict=True):
@@ -249,7 +249,9 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
     source = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     assert counting.seen == 7
     plain = FeatureSource(model, samples_of(folder), None, silent)
-    torch.testing.assert_close(source.batch([3])[0].tokens, plain.batch([3])[0].tokens, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        next(source.ahead([[3]]))[0].tokens, next(plain.ahead([[3]]))[0].tokens, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_other_teacher_weights_and_sizes_have_their_own_features(tmp_path: Path) -> None:

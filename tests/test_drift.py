@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_a_quiet_stream_states_the_chance() -> None:
     assert "at most 5 %" in found.message
     assert 0 < found.evidence < 20
     assert found.light == "green"
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------ state

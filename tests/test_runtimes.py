@@ -51,7 +51,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_light_command(onnx_file: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from twinspect.inference.job import main
+    from twinspect.commands.predict import main
 
     out = tmp_path / "rows.csv"
     images = [str(p) for p in images_to_test(parts, None)[:3]]
@@ -185,7 +185,7 @@ def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp
                 shutil.copy(str(file.locate()), site / file)
     size = _megabytes(site)
     assert 50 < size < 150, size
-    run = [python, "-B", "-m", "twinspect.inference.job", "predict", onnx_file, images_to_test(parts, 1)[0]]
+    run = [python, "-B", "-m", "twinspect.commands.predict", "predict", onnx_file, images_to_test(parts, 1)[0]]
     found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "weave" in found.stdout or "ring" in found.stdout

@@ -232,6 +232,14 @@ def test_unreadable_images_are_left_out_and_listed_in_order(tmp_path: Path) -> N
     assert sum(detector.record_["images"].values()) == 16
 
 
+def test_a_giant_file_is_left_out_before_it_fills_the_memory(tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "good", 16)
+    os.truncate(folder / "003.png", 1 << 42)  # sparse: of its bytes the disk holds none
+    detector = Detector(config=run_config(steps=0)).fit(folder)
+    assert [s.path.name for s in detector.skipped_] == ["003.png"]
+    assert "files above" in detector.skipped_[0].reason
+
+
 def test_too_little_left_after_skipping(tmp_path: Path) -> None:
     folder = good_folder(tmp_path / "good", 10)
     for number in range(6):
@@ -277,6 +285,10 @@ def test_work_folder_that_cannot_be_made(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"work/train.jsonl cannot be written .*choose another --out or --work"):
         run(parts, run_config(), tmp_path / "file" / "work")
+    told = list[tuple[str, int, int]]()
+    with pytest.raises(OutputError):  # before the teacher sees an image
+        fit(train_samples(parts), run_config(), tmp_path / "file" / "work", lambda *row: told.append(row))
+    assert not told
 
 
 def test_detector_leaves_the_log_and_no_checkpoint(parts: Path, tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ class Sample:
         return str(self.image) if self.record is None else f"{self.image}#{self.record}"
 
     @property
+    def is_good(self) -> bool:
+        """Whether a model may learn it: it is not of the test, and nobody calls it a defect."""
+        return self.split != TEST and self.label != 1
+
+    @property
     def in_file(self) -> bool:
         """Whether the image is a file of its own."""
         return self.record is None and self.pixels is None

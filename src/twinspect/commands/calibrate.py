@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def drift(options: DriftOptions, console: Console) -> None:
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
     sections = [Section(heading, (report.message,), (chart,))]
-    publish(Report(f"Drift of {options.model.name}", sections, facts, report.to_dict()), options, console)
+    publish(Report(f"Drift of {options.model.name}", sections, facts, asdict(report)), options, console)
 
 
 def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:

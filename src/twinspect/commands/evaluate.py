@@ -104,9 +104,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
         )
     if predictors and not any(s.split == TEST and s.label == 0 for s in samples):
         samples = [
-            replace(s, split=TEST, label=0)
-            if s.split != TEST and s.label in (0, None) and not any(has_learnt(p, s) for p in predictors)
-            else s
+            replace(s, split=TEST, label=0) if s.is_good and not any(has_learnt(p, s) for p in predictors) else s
             for s in samples
         ]
     others = tuple(s for s in samples if s.split != TEST)

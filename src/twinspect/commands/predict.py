@@ -1,13 +1,21 @@
-"""``twinspect predict``: a `Job`, its progress and reports."""
+"""``twinspect predict``: a `Job`, its progress and reports.
+
+`main` is the command line of the light install, which lacks what makes the other one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
+from twinspect._version import __version__
+from twinspect.config import flag_of
+from twinspect.console import FAILED_ON, NOTHING_SCORED, Console, end_on_sigterm, plain_streams
 from twinspect.errors import ConfigError
 from twinspect.files import is_url
 from twinspect.inference.bulk import run, say_totals
@@ -65,3 +73,43 @@ def write_reports(job: Job, review: Review, console: Console) -> None:
     pictures = review.sections(again if shows_pictures(job.report) else None)
     sections = [Section("Answers", (), (answers,), printed=False), *pictures, *review.remarks()]
     publish(Report(f"{name} on {', '.join(job.sources[:3])}", sections, facts, values), job, console)
+
+
+# ------------------------------------------------------------------------------------- the light install
+
+# The options that need nothing which this install lacks.
+_LIGHT = ("out", "class_name", "batch", "threads", "workers", "restart")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``twinspect predict`` of exported models with numpy and the standard library; the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    plain_streams()
+    end_on_sigterm()
+    job = Job(**{**options, "sources": tuple(options["sources"])})
+    try:
+        with Console() as console:
+            predict(job, console)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("twinspect", description="Runs exported twinspect models without torch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    command = parser.add_subparsers(required=True).add_parser("predict", help="score images")
+    command.add_argument("model", type=Path, help="exported model (.onnx)")
+    command.add_argument("sources", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
+    for row in (row for row in fields(Job) if row.name in _LIGHT):
+        flags = ["-o"] * (row.name == "out") + [flag_of(row)]
+        shared = {"dest": row.name, "default": row.default, "help": row.metadata["help"]}
+        if isinstance(row.default, bool):
+            command.add_argument(*flags, action="store_true", **shared)
+        else:
+            command.add_argument(*flags, type=type(row.default), **shared)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -233,7 +233,7 @@ def count_pictures(path: Path) -> int:
 @contextmanager
 def _picture(source: Path | bytes, label: str, max_pixels: int = MOST_PIXELS) -> Iterator[Image.Image | NDArray[Any]]:
     """A file or its bytes, opened and of an accepted size; a kind of TIFF that Pillow lacks comes as its values."""
-    raw = _file_bytes(source, label) if isinstance(source, Path) else source
+    raw = file_bytes(source, label) if isinstance(source, Path) else source
     if not raw:
         raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
     with _refusals(label, raw):
@@ -246,8 +246,9 @@ def _picture(source: Path | bytes, label: str, max_pixels: int = MOST_PIXELS) ->
             yield image
 
 
-def _file_bytes(path: Path, label: str) -> bytes:
+def file_bytes(path: Path, label: str = "") -> bytes:
     """Content of a plain file; a device or pipe would be read for ever, and a giant would fill the memory."""
+    label = label or str(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):

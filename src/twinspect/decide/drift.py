@@ -17,7 +17,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,6 @@ class DriftReport:
     since: int  # of the one at which the change probably began
     evidence: float  # capital of the test: a factor against "nothing changed"
     moved: tuple[str, ...]  # after an alarm: classes whose scores or distances differ from calibration
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class Ranks:
@@ -178,9 +174,8 @@ class DriftMonitor:
             self._rng = np.random.default_rng(self._seed)
             self._ranks: dict[str, tuple[Ranks, Ranks]] = {}  # of scores and of distances
             self.test = ChangeTest(self.false_alarm_rate)
-            self._recent: deque[tuple[int, str, float, float]] = deque(
-                maxlen=RECENT
-            )  # number, class, score, distance
+            # Number of the image, class, score, distance.
+            self._recent: deque[tuple[int, str, float, float]] = deque(maxlen=RECENT)
             self.images = 0
 
     def update(self, score: float, predicted_class: str, distance: float = float("nan")) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.data.images import resize_rgb
+from twinspect.data.images import file_bytes, resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import (
     FEWEST,
@@ -30,7 +30,7 @@ from twinspect.decide.decision import (
     refuse_unsupported,
 )
 from twinspect.errors import DataError
-from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
+from twinspect.types import CALIBRATION, Progress, Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
@@ -50,9 +50,8 @@ class Scored:
 
 def good_samples(samples: Sequence[Sample]) -> list[Sample]:
     """Good images to calibrate with: those of the set's own calibration split, else of its training split."""
-    normal = [s for s in samples if s.split != TEST and s.label in (0, None)]
-    held = [s for s in normal if s.split == CALIBRATION]
-    good = held or [s for s in normal if s.split == TRAIN]
+    good = [s for s in samples if s.is_good]
+    good = [s for s in good if s.split == CALIBRATION] or good
     if not good:
         raise DataError("no good images found; give a folder of good images, or one with a folder good inside")
     return good
@@ -89,7 +88,7 @@ def score_images(
 def key_of(sample: Sample, size: int) -> str:
     """Name of an image as training gives it: by its file, or by its pixels at the model's size."""
     if sample.in_file:
-        return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
+        return image_id(hashlib.sha256(file_bytes(sample.image)).digest())
     return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
 
 
@@ -138,9 +137,8 @@ def recalibrate(
         fixed |= _fixed_thresholds(labelled, rule, miss_cost, notes)
     after = replace(decision, good=good, fixed=fixed)
     if max_fpr is not None or unsure is not None:
-        old = decision.budget_of(class_name or "")
         # A rate without --unsure asks for two answers.
-        new = Budget(max_fpr, unsure) if max_fpr is not None else Budget(old.max_fpr, unsure)
+        new = Budget(max_fpr if max_fpr is not None else decision.budget_of(class_name or "").max_fpr, unsure)
         if class_name is None:
             after = replace(after, budget=new, budgets={})
         else:

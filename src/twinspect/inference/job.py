@@ -1,19 +1,12 @@
-"""What to predict, where rows go and what is written beside them (`Job`). Light to import, as ``--help`` needs it.
-
-`main` is the command line of the light install, which lacks what makes the other one.
-"""
+"""What to predict, where rows go and what is written beside them (`Job`). Light to import, as ``--help`` needs it."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from twinspect._version import __version__
-from twinspect.config import Range, argument, check_options, flag_of, option
+from twinspect.config import Range, argument, check_options, option
 from twinspect.device import PRECISIONS
 from twinspect.errors import ConfigError
 from twinspect.files import is_url
@@ -152,47 +145,3 @@ class Job:
     def wants_maps(self) -> bool:
         """Whether something is written that is made of the anomaly map."""
         return any((self.maps, self.masks, self.overlays, self.submission, self.coco))
-
-
-# ------------------------------------------------------------------------------------- the light install
-
-# The options that need nothing which this install lacks.
-_LIGHT = ("out", "class_name", "batch", "threads", "workers", "restart")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``twinspect predict`` of exported models with numpy and the standard library; the exit code."""
-    from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_streams
-    from twinspect.inference.bulk import run, say_totals
-
-    options = vars(_parser().parse_args(arguments))
-    plain_streams()
-    end_on_sigterm()
-    job = Job(**{**options, "sources": tuple(options["sources"])})
-    try:
-        with Console() as console:
-            totals = run(job, console)
-            (console.warn if job.prints_rows else console.say)(say_totals(totals, job.out))
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return NOTHING_SCORED if totals.nothing_scored else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("twinspect", description="Runs exported twinspect models without torch.")
-    parser.add_argument("--version", action="version", version=__version__)
-    predict = parser.add_subparsers(required=True).add_parser("predict", help="score images")
-    predict.add_argument("model", type=Path, help="exported model (.onnx)")
-    predict.add_argument("sources", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
-    for row in (row for row in fields(Job) if row.name in _LIGHT):
-        flags = ["-o"] * (row.name == "out") + [flag_of(row)]
-        shared = {"dest": row.name, "default": row.default, "help": row.metadata["help"]}
-        if isinstance(row.default, bool):
-            predict.add_argument(*flags, action="store_true", **shared)
-        else:
-            predict.add_argument(*flags, type=type(row.default), **shared)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -81,15 +81,14 @@ class Clusters(nn.Module):
         embedding_nF: Tensor,
         names: Sequence[str],
         before_m: Tensor,
-        classes: list[str],
+        classes: Sequence[str],
         seed: int,
     ) -> Tensor:
         """Take in further good images; the cluster of every image, known ones first, as in all that is given.
 
-        Images of a known class join the nearest cluster of that class; those of a new class are a cluster, and it is
-        added to ``classes``, which has the class of every cluster. ``before_m`` are the clusters of the known images.
+        Images join the nearest cluster of their class. ``classes`` has the class of every cluster, new ones last;
+        ``before_m`` are the clusters of the known images.
         """
-        classes += [name for name in dict.fromkeys(names) if name not in classes]
         fresh: list[int] = []
         for token_E, name in zip(token_nE[len(before_m) :], names[len(before_m) :], strict=True):
             theirs = [k for k, of_cluster in enumerate(classes) if of_cluster == name]

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from email.message import Message
 from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
@@ -137,7 +138,7 @@ def feedback(number: Number, body: Annotated[schema.FeedbackBody, Body()], servi
 @api.get("/drift")
 def drift(service: Serving) -> schema.DriftsAnswer:
     """Whether predictions still look like the calibration images."""
-    return {"drift": [{"bundle": model.name, **model.light.report().to_dict()} for model in service.models.values()]}
+    return {"drift": [{"bundle": model.name, **asdict(model.light.report())} for model in service.models.values()]}
 
 
 @api.post("/drift/{bundle}/reset")

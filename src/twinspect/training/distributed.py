@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,10 +60,6 @@ class Group:
             )
         each = len(part) // self.world
         return list(part[self.rank * each : (self.rank + 1) * each])
-
-    def share_of_work(self, items: Sequence[T]) -> list[T]:
-        """What this process prepares of a list that all processes of its machine will need."""
-        return list(items[self.local_rank :: self.local_world])
 
     def gathered(self, value: T) -> list[T]:
         """What every process gives, by rank; each waits for all."""
@@ -109,10 +105,6 @@ class Group:
                 yield
         finally:
             model.student = student
-
-    def one_batch(self) -> AbstractContextManager[Any]:
-        """A context in which a step's slice is treated as part of the whole batch."""
-        return OneBatch(self) if self.world > 1 else nullcontext()
 
     @contextmanager
     def _reaching_others(self) -> Iterator[None]:
@@ -177,21 +169,23 @@ def _group(rank: int, world: int, device: torch.device) -> Group:
 
 
 class OneBatch(TorchFunctionMode):
-    """Gives the three functions that see a whole batch the whole batch; everything else is left alone."""
+    """While entered, the three functions that see a whole batch see it; everything else is left alone."""
 
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.group = group
-        self._ours = {noise: self._noise, F.batch_norm: self._batch_norm, easy_limit: self._easy_limit}
+        whole_noise = partial(noise, rank=group.rank, world=group.world)  # as one process draws it, by the same seed
+        self._ours: dict[Any, Callable[..., Any]] = {
+            noise: whole_noise,
+            F.batch_norm: self._batch_norm,
+            easy_limit: self._easy_limit,
+        }
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch for every function while the context is entered."""
         return self._ours.get(function, function)(*arguments, **(named or {}))
-
-    def _noise(self, x: Tensor, p: float) -> Tensor:
-        return noise(x, p, self.group.rank, self.group.world)  # drawn as one process draws it: the seed is the same
 
     def _easy_limit(self, distance_BN: Tensor, share: float) -> Tensor:
         parts = [torch.empty_like(distance_BN) for _ in range(self.group.world)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from twinspect.bundle import Fitted
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
-from twinspect.data.images import read_header, read_sized_rgb
+from twinspect.data.images import read_header
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import Decision, image_id, mixed_up
@@ -44,7 +44,7 @@ from twinspect.training.loop import LOG, train
 from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.outcome import outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample, silent
+from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -63,8 +63,8 @@ def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
     sides = []
     for sample in samples[:: max(1, len(samples) // _MEASURED)]:
         with suppress(DataError, OSError):  # reported when all images are read
-            whole = read_sized_rgb(sample.image, draft_side=1)[1] if sample.in_file else read_sample_rgb(sample).shape
-            sides.append((whole[0], whole[1]))
+            shape = read_header(sample.image)[0] if sample.in_file else read_sample_rgb(sample).shape
+            sides.append(shape[:2])
     height, width = np.median(sides, axis=0) if sides else (0, 0)
     return int(height), int(width)
 
@@ -151,6 +151,8 @@ def fit(
         if resume.config.model.tiles:
             raise ConfigError("training cannot go on from a model with tiles; train a new one on all images")
         refuse_forgetting(resume.decision, samples, forget)
+    if work is not None and group.leads:
+        refuse_unwritable(work / LOG, "--out or --work")
     keep_freed_memory()
     with gpu_arithmetic(group.device.type):
         dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
@@ -166,7 +168,7 @@ def _outliers(
 ) -> list[dict[str, Any]]:
     """Good images that are to be left out, as a model without students tells."""
     count = config.train.drop_outliers
-    good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
+    good = sum(sample.is_good for sample in samples)
     if 3 * count > good:
         raise ConfigError(f"--drop-outliers {count}: at most a third of the {good} good images can be left out")
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
@@ -190,37 +192,23 @@ def _fitted(
     torch.manual_seed(config.train.seed)
     sides = usual_sides(training)
     model, config, tiles = _model(config, sides, resume, roi, group)
-    training, held_out = in_tiles(training, tiles), in_tiles(held_out, tiles)
-    samples = [*training, *held_out]
-    root = cache_folder(model, len(samples), config.train.cache_gb)
-    if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress)
-        group.gathered(None)
-    source = FeatureSource(model, samples, root, progress)
-    apart = set(held_out)
+    source = _source(model, in_tiles([*training, *held_out], tiles), config, progress, group)
+    apart = set(in_tiles(held_out, tiles))
     held = {i for i, sample in enumerate(source.samples) if sample in apart}
     if resume is not None:
         held = keep_sides(source.keys, held, resume.decision)
     train_at = [i for i in range(len(source)) if i not in held]
     students = not only_few and (config.train.steps > 0 or resume is not None)
     skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
-    least = (FEWEST - 2, 2) if students else (1, 0)
-    if len(train_at) < least[0] or len(held) < least[1]:
-        reasons = "\n".join(f"  {image.path}: {image.reason}" for image in skipped[:10])
-        raise DataError(
-            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate, after {len(skipped)} "
-            f"were skipped:\n{reasons}"
-        )
+    _refuse_too_few(len(train_at), len(held), skipped, students)
     if resume is not None:
         take_over(model, resume.model)
     else:
         fit_scales(model, source, train_at, config.train.seed)
-    if work is not None and group.leads:
-        refuse_unwritable(work / LOG, "--out or --work")
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
     group.refuse_difference(fingerprint, len(source))
-    report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
+    numbers = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     try:
         good = fit_few(model, source, train_at, sorted(held), few, config.train.seed, progress, students)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -232,14 +220,13 @@ def _fitted(
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision, record, memory = outcome_of(model, source.samples, held, good, config.train)
     record["images"]["skipped"] = len(skipped)
-    on_gpu = group.device.type == "cuda"
-    gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
+    batch = min(config.train.batch, len(train_at)) // group.world if config.train.steps else 0
     record |= {
-        "training": report.numbers,
+        "training": numbers,
         "notes": [*notes, *record["notes"], *([mixed] if mixed else [])],
         "sides": list(sides),
-        "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
+        "memory": _memory(group.device) | {"batch": batch},
     }
     if resume is not None:
         record["resumed"] = {"from": origin}
@@ -287,6 +274,34 @@ def _model(
     return model, config, tiles
 
 
+def _source(
+    model: AnomalyModel, samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group
+) -> FeatureSource:
+    """What the teacher says of all images; of several processes each prepares its share of what all then read."""
+    root = cache_folder(model, len(samples), config.train.cache_gb)
+    if group.local_world > 1:
+        FeatureSource(model, samples[group.local_rank :: group.local_world], root, progress)
+        group.gathered(None)
+    return FeatureSource(model, samples, root, progress)
+
+
+def _refuse_too_few(to_train: int, held: int, skipped: Sequence[Skipped], students: bool) -> None:
+    """A `DataError` where too many images could not be read."""
+    least = (FEWEST - 2, 2) if students else (1, 0)
+    if to_train < least[0] or held < least[1]:
+        reasons = "\n".join(f"  {image.path}: {image.reason}" for image in skipped[:10])
+        raise DataError(
+            f"too little is left: {to_train} images to train and {held} to calibrate, after {len(skipped)} "
+            f"were skipped:\n{reasons}"
+        )
+
+
+def _memory(device: torch.device) -> dict[str, float | None]:
+    """The most memory that this process has had, in MB: its own, and of a GPU."""
+    gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(device) / 1e6} if device.type == "cuda" else {}
+    return {"peak_mb": peak_mb(), **gpu}
+
+
 def choose_images(
     samples: Sequence[Sample], config: RunConfig, notes: list[str] | None = None
 ) -> tuple[list[Sample], list[Sample]]:
@@ -295,7 +310,7 @@ def choose_images(
     Copies are counted once, so that no image that is held out was learnt; ``notes`` takes sentences about them. A
     `DataError` where there are too few.
     """
-    good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
+    good = [s for s in samples if s.is_good]
     distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
     normal = [s for s in distinct if s.split == TRAIN]
     fewest = 1 if config.model.scores() == "default" else FEWEST
@@ -384,20 +399,19 @@ def fit_few(
         if sample.class_name in few:
             places[sample.class_name][sample.image, sample.record].append(i)
     classes = [list(images.values()) for images in places.values()]  # of each for every image: it and its copies
-    away, outs = _left_out(model, source, classes, seed, progress)
+    left_out = _left_out(model, source, classes, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)
     if not classes:
         return good
     readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
     local, semantic = model.scorer.student_readings
-    theirs = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own stay as they are
-    theirs[:local] = theirs[model.scorer.local_count : model.scorer.local_count + semantic] = False
-    for out in outs:
-        here, away = away[: len(out.score_B)], away[len(out.score_B) :]
-        readings_nR[here] = torch.where(theirs, out.readings_BR.cpu(), readings_nR[here])
-        peak_n[here] = out.map_B1HW.amax((1, 2, 3)).cpu()
-        distance_n[here] = out.cluster_distance_B.cpu()
+    relearnt_R = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own readings stay as they are
+    relearnt_R[:local] = relearnt_R[model.scorer.local_count : model.scorer.local_count + semantic] = False
+    for away, out in left_out:
+        readings_nR[away] = torch.where(relearnt_R, out.readings_BR.cpu(), readings_nR[away])
+        peak_n[away] = out.map_B1HW.amax((1, 2, 3)).cpu()
+        distance_n[away] = out.cluster_distance_B.cpu()
     columns = (readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
     score_n: Tensor = model.scorer.calibrate(*(column.to(model.device) for column in columns))[0].cpu()
     counted_n = good.counted_n.clone()
@@ -415,20 +429,20 @@ def fit_few(
 
 def _left_out(
     model: AnomalyModel, source: FeatureSource, classes: list[list[list[int]]], seed: int, progress: Progress
-) -> tuple[list[int], list[Outputs]]:
-    """Positions of images and copies, and what is said of them in batches by statistics that saw neither."""
+) -> list[tuple[list[int], Outputs]]:
+    """For every turn: places of an image of each class and its copies, and what statistics that saw neither say."""
     several = [images for images in classes if len(images) > 1]
     everything = {i for images in classes for copies in images for i in copies}
-    turns, gone, outs = max((len(images) for images in several), default=0), list[int](), list[Outputs]()
+    turns, answers = max((len(images) for images in several), default=0), list[tuple[list[int], Outputs]]()
     for turn in range(turns):
         progress("leaving images out", turn + 1, turns)
         away = [i for images in several for copies in images[turn : turn + 1] for i in copies]
         fit_statistics(model, source, sorted(everything - set(away)), [], seed, silent, students=False, divide=False)
         model.scorer.asks_students = False
-        outs += [model.score(*batch) for batch in source.batches(away)]
+        outs = [model.score(*batch) for batch in source.batches(away)]
         model.scorer.asks_students = True
-        gone += away
-    return gone, outs
+        answers.append((away, Outputs(*map(torch.cat, zip(*outs, strict=True)))))
+    return answers
 
 
 # ------------------------------------------------------------------------------------------------ fit --resume-from
@@ -436,7 +450,7 @@ def _left_out(
 
 def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> None:
     """A `DataError` where the data hold no good image of an old class, unless ``forget``."""
-    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
+    present = {s.class_name for s in samples if s.is_good}
     missing = [name for name in decision.classes if name not in present]
     if missing and not forget:
         raise DataError(

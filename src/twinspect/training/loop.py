@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import tee
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.training.distributed import ALONE, Group
+from twinspect.training.distributed import ALONE, Group, OneBatch
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
@@ -33,13 +33,6 @@ _CHECKPOINT = "checkpoint.safetensors"
 _SHORT_SAVE = 0.2  # seconds
 LOG = "train.jsonl"
 LOCK = "lock"  # held by the run that writes in a folder
-
-
-class TrainReport(NamedTuple):
-    """What training did."""
-
-    numbers: dict[str, Any]  # for the record of a run: steps, seconds, why it stopped, last loss terms
-    batch: int  # images of a step in this process
 
 
 def train(
@@ -51,8 +44,8 @@ def train(
     progress: Progress,
     fingerprint: str = "",
     group: Group = ALONE,
-) -> TrainReport:
-    """Train the students in place on the samples ``indices`` of a source.
+) -> dict[str, Any]:
+    """Train the students in place on the samples ``indices`` of a source; steps, seconds, why it stopped, last terms.
 
     Checkpoint and log are kept in ``work``, from which a killed run with the same ``fingerprint`` goes on. The
     processes of a ``group`` share every batch; all end with the same weights. A loss that is not finite raises
@@ -60,17 +53,18 @@ def train(
     """
     if not config.steps:
         model.eval()
-        return TrainReport({"steps": 0, "seconds": 0.0, "stopped": "no steps asked for"}, 0)
+        return {"steps": 0, "seconds": 0.0, "stopped": "no steps asked for"}
     optimiser = make_optimiser(model, config)
     folder = WorkFolder(work, model.student, optimiser, fingerprint) if work is not None and group.leads else None
     start, terms = _resumed(folder, optimiser, group)
     model.student.train()
     began, stopped, done = time.monotonic(), "steps", start
+    one_batch = OneBatch(group) if group.world > 1 else contextlib.nullcontext()
     with group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             for students in optimiser.param_groups:
                 students["lr"] = students["peak"] * schedule(step, config.steps, config.warmup)
-            with autocast(config.precision, group.device), group.one_batch():
+            with autocast(config.precision, group.device), one_batch:
                 losses = model.losses(observed, small, step, config)
             terms = group.mean(_numbers(losses))
             if not all(map(math.isfinite, terms.values())):
@@ -95,9 +89,8 @@ def train(
                 stopped = "time budget"
                 break
     model.eval()
-    numbers = {"steps": done, "seconds": round(time.monotonic() - began, 1), "stopped": stopped}
-    rounded = {name: round(value, 6) for name, value in terms.items()}
-    return TrainReport({**numbers, **rounded}, min(config.batch, len(indices)) // group.world)
+    last = {name: round(value, 6) for name, value in terms.items()}
+    return {"steps": done, "seconds": round(time.monotonic() - began, 1), "stopped": stopped, **last}
 
 
 def _given(
@@ -170,12 +163,12 @@ def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
     return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def schedule(step: int, steps: int, warmup: int, final: float = 0.1) -> float:
-    """Factor of the peak learning rate at a step: linear warm-up, then a cosine to ``final``."""
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, then a cosine down to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class StableAdamW(Optimizer):

@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +61,14 @@ class GoodImages(NamedTuple):
     class_name: tuple[str, ...] = ()  # this and the next two: as in `GoodScores`
     group: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls, model: AnomalyModel) -> GoodImages:
+        """No images, on the model's device: what a model has learnt before its first fit."""
+        empty = torch.zeros(0, device=model.device)
+        views = (empty,) * len(model.selection.shrinks)
+        readings_nR = empty.new_zeros(0, len(model.scorer.weight_R))
+        return cls(empty, empty, empty, empty.long(), empty.bool(), readings_nR, views, empty)
 
     def scores(self, classes: Sequence[str]) -> GoodScores:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
@@ -106,7 +115,8 @@ def fit_statistics(
     model.eval()
     if students:
         model.fit_plain(lambda: source.batches(held_at))
-    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students, divide)
+    images, clusters = sorted([*train_at, *held_at]), partial(model.scorer.clusters.fit, seed=seed, divide=divide)
+    fitting = _Fitting(model, source, images, held_at, GoodImages.none(model), clusters, seed, progress, students)
     return fitting.plain() if model.scorer.plain else fitting.default()
 
 
@@ -116,7 +126,7 @@ def add_statistics(
     source: FeatureSource,
     images: Sequence[int],
     before: GoodImages,
-    classes: Sequence[str],
+    classes: tuple[str, ...],
     seed: int,
     progress: Progress,
 ) -> tuple[GoodImages, tuple[str, ...]]:
@@ -130,9 +140,12 @@ def add_statistics(
         Old images, then new ones; and the class of every cluster.
     """
     model.eval()
-    students, known = model.scorer.students_count(), list(classes)
-    fitting = _Fitting(model, source, images, images, seed, progress, students, before=before, classes=known)
-    return fitting.default(), tuple(known)
+    names = dict.fromkeys(source.samples[i].class_name for i in images)
+    classes = (*classes, *(name for name in names if name not in classes))
+    clusters = partial(model.scorer.clusters.extend, before_m=before.cluster_n, classes=classes, seed=seed)
+    students = model.scorer.students_count()
+    fitting = _Fitting(model, source, images, images, before, clusters, seed, progress, students)
+    return fitting.default(), classes
 
 
 @dataclass(slots=True)
@@ -155,6 +168,7 @@ class _Fitting:
     """The passes over the good images of a source, and what they share.
 
     Attributes:
+        before: images learnt before; none in a first fit.
         groups: layer groups that patches are judged on.
         tokens, embedding_nF, all_cluster_n: of all images, those learnt before first.
         cluster_n, held_n: of the images of the source; held out are those that no student was trained on.
@@ -170,33 +184,26 @@ class _Fitting:
         source: FeatureSource,
         images: Sequence[int],
         held: Collection[int],
+        before: GoodImages,
+        clusters: Callable[[Tensor, Tensor, list[str]], Tensor],
         seed: int,
         progress: Progress,
         asks_students: bool,
-        divide: bool = True,
-        before: GoodImages | None = None,
-        classes: list[str] | None = None,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.seed, self.progress, self.asks_students, self.before = seed, progress, asks_students, before
         self.groups, held = [_Group(gaussian) for gaussian in model.scorer.gaussians()], set(held)
         self.held_n = torch.tensor([i in held for i in images], device=model.device)
-        samples, clusters = [source.samples[i] for i in images], model.scorer.clusters
-        names = [sample.class_name for sample in samples]
-        self.tokens, self.embedding_nF = source.vectors(images)
-        if before is None or classes is None:
-            cluster_n = clusters.fit(self.tokens[0], self.embedding_nF, names, seed, divide)
-        else:
-            names = [*before.class_name, *names]
-            self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, self.tokens, strict=True))
-            self.embedding_nF = torch.cat([before.embedding_nF, self.embedding_nF])
-            known_n = before.cluster_n
-            cluster_n = clusters.extend(self.tokens[0], self.embedding_nF, names, known_n, classes, seed)
-        self.clusters, self.all_cluster_n = clusters.count, cluster_n
-        self.old = old = len(cluster_n) - len(images)
-        self.cluster_n = cluster_n[old:]
+        samples = [source.samples[i] for i in images]
+        names = [*before.class_name, *(sample.class_name for sample in samples)]
+        tokens, embedding_nF = source.vectors(images)
+        self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, tokens, strict=True))
+        self.embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
+        self.all_cluster_n = cluster_n = clusters(self.tokens[0], self.embedding_nF, names)
+        self.clusters, self.old = model.scorer.clusters.count, len(before.cluster_n)
+        self.cluster_n = cluster_n[self.old :]
         self.images_K = torch.bincount(cluster_n, minlength=self.clusters).float()
-        self.known_K = torch.bincount(cluster_n[:old], minlength=self.clusters).float()
+        self.known_K = torch.bincount(before.cluster_n, minlength=self.clusters).float()
         self.first_n = torch.tensor(same_image(samples), device=model.device)
         copies = torch.stack([self.first_n, self.cluster_n])
         _, group_n, count = torch.unique(copies, dim=1, return_inverse=True, return_counts=True)
@@ -232,14 +239,12 @@ class _Fitting:
             local, peak_n = self._scale()
         first, second = scorer.student_readings
         patches = torch.cat([students[:, :first], local, students[:, first:]], 1)
-        counted_n = torch.ones_like(self.held_n)
-        if before is None:
+        if not self.old:
             scorer.weight_R[:first] = skills[0]
             scorer.weight_R[scorer.local_count : scorer.local_count + second] = skills[1]
-        else:
-            patches = torch.cat([before.readings_nR[:, : patches.shape[1]], patches])
-            peak_n = torch.cat([before.peak_n, peak_n])
-            counted_n = torch.cat([before.counted_n, counted_n])
+        patches = torch.cat([before.readings_nR[:, : patches.shape[1]], patches])
+        peak_n = torch.cat([before.peak_n, peak_n])
+        counted_n = torch.cat([before.counted_n, torch.ones_like(self.held_n)])
         return self._calibrated(torch.cat([patches, semantic], 1), peak_n, counted_n)
 
     def _batches(self, which: Sequence[int], stage: str) -> Iterator[tuple[Tensor, Observed, Tensor]]:
@@ -255,7 +260,7 @@ class _Fitting:
         """First pass: means of every position, of groups and of what the students learn (K x N x D, K x D)."""
         sums: list[Tensor] = []
         for places, observed, _ in self._batches(range(len(self.images)), "statistics (means)"):
-            targets = self.model.targets(observed) if self.asks_students and self.before is None else []
+            targets = self.model.targets(observed) if self.asks_students and not self.old else []
             patches = (group.gaussian.patches(observed) for group in self.groups)
             parts = [part.float() for part in (*patches, *targets)]
             sums = sums or [part.new_zeros(self.clusters, *part.shape[1:]) for part in parts]
@@ -263,7 +268,7 @@ class _Fitting:
                 total.index_add_(0, self.cluster_n[places], part)
         for group, total in zip(self.groups, sums, strict=False):
             gaussian = group.gaussian
-            if self.before is not None:
+            if self.old:
                 known = gaussian.sums(self.known_K[: len(gaussian.centre_KD)])
                 total[: len(known)] += known
             gaussian.set_means(total, self.images_K)
@@ -287,7 +292,7 @@ class _Fitting:
         sums = []
         for gaussian in (group.gaussian for group in self.groups):
             total = torch.zeros(2, self.clusters, gaussian.dims, gaussian.dims).to(counts)
-            if self.before is not None:
+            if self.old:
                 known = torch.stack([unwhitened(white) for white in gaussian.whiten_KDD])
                 total[:, : len(known)] += known * counts[:, : len(known), None, None]
             sums.append(total)
@@ -433,15 +438,14 @@ class _Fitting:
         """Fit the calibration on the images that count; what is said of all."""
         score_n, z_n2 = self.scorer.calibrate(reading_nR, self.all_cluster_n, counted_n)
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
-        rows = [(picture_of(self.source.samples[i]), image_id(self.source.keys[i])) for i in self.images]
-        columns = zip(*((picture.class_name, picture.group, key) for picture, key in rows), strict=True)
-        texts = [tuple(column) for column in columns]
-        if self.before is not None:
-            texts = [old + new for old, new in zip(self.before[-3:], texts, strict=True)]
+        before, pictures = self.before, [picture_of(self.source.samples[i]) for i in self.images]
         return GoodImages(
             score_n.cpu(), peak_n.cpu(), distance_n.cpu(), self.all_cluster_n.cpu(), counted_n.cpu(),
             reading_nR.cpu(), tuple(token_nE.cpu() for token_nE in self.tokens),
-            self.embedding_nF.cpu(), *texts,
+            self.embedding_nF.cpu(),
+            (*before.class_name, *(picture.class_name for picture in pictures)),
+            (*before.group, *(picture.group for picture in pictures)),
+            (*before.key, *(image_id(self.source.keys[i]) for i in self.images)),
         )  # fmt: skip
 
 

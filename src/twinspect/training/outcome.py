@@ -25,6 +25,7 @@ from PIL import Image
 
 from twinspect.bundle import Fitted, model_id
 from twinspect.config import TrainConfig
+from twinspect.data.images import file_bytes
 from twinspect.data.protocols import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id, mixed_up, odd_images
@@ -36,7 +37,7 @@ from twinspect.models.weights import licence
 from twinspect.training.derived import FEW, Copy, Tile, picture_of
 from twinspect.training.normal import GoodImages, add_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key
-from twinspect.types import TEST, Progress, Sample
+from twinspect.types import Progress, Sample
 
 LISTED = 10  # images that are least like the others, at least, in the record
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
@@ -58,7 +59,7 @@ def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[s
     names, groups, keys = ([column[i] for i in spoken] for column in good[-3:])
     for i, picture in enumerate(places):
         if picture.in_file and not isinstance(picture, Copy):  # named by its file, as where it is seen whole
-            keys[i] = image_id(image_key(picture.image.read_bytes()))
+            keys[i] = image_id(image_key(file_bytes(picture.image)))
     return good._replace(
         score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
         counted_n=good.counted_n[spoken], class_name=tuple(names), group=tuple(groups), key=tuple(keys),
@@ -258,7 +259,7 @@ def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
     """Good images, each once, with the class that they are learnt as."""
-    good = [s for s in samples if s.split != TEST and s.label in (0, None)]
+    good = [s for s in samples if s.is_good]
     distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
     notes += sentences
     if class_name is not None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from twinspect.data.images import file_bytes, read_rgb, resize_rgb
 from twinspect.errors import DataError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.models.contract import AnomalyModel, Observed
@@ -67,12 +68,8 @@ class FeatureSource:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, indices: Sequence[int]) -> tuple[Observed, Tensor]:
-        """The teacher's answer and the Encoder-Encoder's input of some samples."""
-        return self._finish(self._prepare(indices))
-
     def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
-        """Batches in order, each read and decoded while the one before it is worked on."""
+        """The teacher's answers and the shrunk pixels of batches, each read while the one before it is worked on."""
         for prepared in _in_order(self._prepare, parts, workers=1, ahead=1):
             yield self._finish(prepared)
 
@@ -133,15 +130,14 @@ class FeatureSource:
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         """The key of a sample, or why it cannot be read; and its pixels where the cache lacks its answer."""
         try:
-            pixels = None
-            if sample.in_file and not isinstance(sample, (Copy, Tile)):
-                key = image_key(sample.image.read_bytes())
-            else:
-                pixels = read_square(sample, self._model.size, self._read)
-                key = image_key(pixels)
+            size, of_file = self._model.size, sample.in_file and not isinstance(sample, (Copy, Tile))
+            content = file_bytes(sample.image) if of_file else read_square(sample, size, self._read)
+            key = image_key(content)
             if self._cache is not None and key in self._cache:
                 return key, None
-            return key, read_square(sample, self._model.size) if pixels is None else pixels
+            if isinstance(content, bytes):
+                content = resize_rgb(read_rgb(content, name=str(sample.image), draft_side=size), size)
+            return key, content
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error).removeprefix(f"{sample.image}: ")), None
 
