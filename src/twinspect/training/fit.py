@@ -206,10 +206,11 @@ def _fitted(
     skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
     least = (FEWEST - 2, 2) if students else (1, 0)
     if len(train_at) < least[0] or len(held) < least[1]:
-        reasons = "\n".join(f"  {image.path}: {image.reason}" for image in skipped[:10])
+        reasons = "".join(f"\n  {image.path}: {image.reason}" for image in skipped[:10])
+        advice = " or type --steps 0 (statistics alone)" if students and not model.scorer.plain else ""
         raise DataError(
-            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate, after {len(skipped)} "
-            f"were skipped:\n{reasons}"
+            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate; at least {least[0]} and "
+            f"{least[1]} are needed: give more good images{advice}. {len(skipped)} images cannot be read{reasons}"
         )
     if resume is not None:
         take_over(model, resume.model)
