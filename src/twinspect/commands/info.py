@@ -95,7 +95,8 @@ def _card(
         taught = f"{images['train'] - later} taught the students, and {len(decision.held)} were kept to measure them"
         taught += f"; {later} were learnt later, by updates" if later else ""
         taught += f"; skill of the students, which weighs them (0 to 1): {skills}" if skills else ""
-    told = f"{len(decision.trained | decision.held)} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
+    seen = len(decision.trained | decision.held)
+    told = f"{seen} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
     counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)

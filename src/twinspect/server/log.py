@@ -156,11 +156,15 @@ class InspectionLog:
             raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None
         if kind == "sqlite":
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
-        with self._transaction() as connection:
-            if create:
-                connection.exec_driver_sql(_ALONE.get(kind, "SELECT 1"))
-                _tables.create_all(connection)
-            _add_columns(connection)
+        try:
+            with self._transaction() as connection:
+                if create:
+                    connection.exec_driver_sql(_ALONE.get(kind, "SELECT 1"))
+                    _tables.create_all(connection)
+                _add_columns(connection)
+        except LogError:
+            self.close()
+            raise
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:

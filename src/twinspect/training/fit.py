@@ -209,8 +209,8 @@ def _fitted(
         reasons = "".join(f"\n  {image.path}: {image.reason}" for image in skipped[:10])
         advice = " or type --steps 0 (statistics alone)" if students and not model.scorer.plain else ""
         raise DataError(
-            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate; at least {least[0]} and "
-            f"{least[1]} are needed: give more good images{advice}. {len(skipped)} images cannot be read{reasons}"
+            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate; at least {least[0]} "
+            f"and {least[1]} are needed: give more good images{advice}. {len(skipped)} images cannot be read{reasons}"
         )
     if resume is not None:
         take_over(model, resume.model)
