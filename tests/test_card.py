@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from tiny import RANDOM_CNN, picture, run_config
 from typer.testing import CliRunner
 
+from twinspect import Detector
 from twinspect.cli import app
 
 
@@ -44,6 +46,21 @@ def test_card_tells_what_was_learnt_after_other_images_calibrated(bundle: Path, 
     assert found.exit_code == 0, found.output
     learnt = len(detector.fitted.decision.trained)
     assert f"\n{learnt} good images, {detector.record_['images']['train']} taught the students, and" in printed(ready)
+
+
+def test_card_counts_what_was_kept_with_plain_scoring_and_what_was_learnt_later(quick, tmp_path: Path) -> None:
+    config = run_config(RANDOM_CNN, scoring="plain")
+    plain = Detector(config=config).fit([picture(i) for i in range(12)], quiet=True)
+    taught, kept = plain.record_["images"]["train"], len(plain.fitted.decision.held)
+    assert kept
+    text = printed(plain.save(tmp_path / "plain.twin"))
+    assert f"\n12 good images, {taught} taught the students, and {kept} were kept to measure them. 0 were" in text
+    more = Detector.load(quick.save(tmp_path / "quick.twin"))
+    taught = more.record_["images"]["train"]
+    more.update([picture(i) for i in range(80, 83)], class_name=next(iter(more.record_["classes"])), quiet=True)
+    text = printed(more.save(tmp_path / "more.twin"))
+    assert f", {taught} taught the students, and " in text
+    assert "; 3 were learnt later, by updates; skill of the students, which weighs them (0 to 1): local 0." in text
 
 
 def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:

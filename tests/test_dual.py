@@ -44,6 +44,15 @@ def test_published_size_of_the_encoder_decoder() -> None:
     assert count(model.student.semantic) == pytest.approx(count(model.teacher), rel=0.1)
 
 
+def test_sizes_of_the_decoder() -> None:
+    """Any width has whole heads; the decoder of a ViT answers for two groups of its layers, as wide as they are."""
+    assert meta_model(RANDOM_CNN, 64, width=100).student.local.blocks[0].attention.heads == 2
+    with pytest.raises(ConfigError, match="--width 128: with test_vit as teacher it is 64; leave it out"):
+        meta_model(RANDOM, 64, width=128)
+    with pytest.raises(ConfigError, match="--depth 1: .* type 2 or more"):
+        meta_model(RANDOM, 64, depth=1)
+
+
 def test_depth_dial_makes_the_encoder_encoder_cheaper() -> None:
     full, half = (meta_model("dinov2-small", 112, ee_depth=d) for d in (1.0, 0.5))
     assert count(half.student.semantic) < 0.65 * count(full.student.semantic)

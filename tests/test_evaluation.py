@@ -108,6 +108,13 @@ def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detect
     assert all(set(mean) == {"image_auroc", "image_ap", "image_f1max"} for mean in found.values["students"].values())
 
 
+def test_a_score_that_is_the_same_for_all_images_is_not_measured(loco: Path) -> None:
+    """Plain reverse distillation has no semantic student: an AUROC of one half would be made up."""
+    detector = Detector(config=run_config(RANDOM, model="rd", depth=1)).fit(loco, quiet=True)
+    found = metrics_of(detector.predictor(), room.test_samples(load(loco).samples), silent)
+    assert list(found.values["students"]) == list(found.values["student_defects"]) == ["score_local"]
+
+
 def test_samples_of_several_views(tmp_path: Path) -> None:
     write("real-iad", tmp_path, Plan(size=48, train=3, good=2, defect=2))
     detector = Detector(config=run_config(RANDOM)).fit(tmp_path)

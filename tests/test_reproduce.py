@@ -76,6 +76,8 @@ def test_recipes_run_on_painted_sets(tmp_path: Path, name: str) -> None:
     rows = [s.name.partition("/")[2] for s in splits] if semantic else sorted({x.class_name for x in splits[0].test})
     assert list(values["classes"]) == (rows if semantic or len(splits) == 1 else list(values["classes"]))
     assert all(0 <= row["image_auroc"] <= 1 for row in values["classes"].values())
+    scores = ["score_local", "score_semantic"] if recipe.settings.model.model == "dual" else ["score_local"]
+    assert list(values["students"]) == scores
     assert ("pixel_auroc" in values["mean"]) != semantic
     assert ("auspro_005" in values["mean"]) == (recipe.layout == "mvtec-loco")
     assert ("sample_auroc" in values["mean"]) == (recipe.layout == "real-iad")
@@ -98,6 +100,7 @@ def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
     assert "published: arXiv 2509.24448, second-hand" in result.stdout
     assert "logical_anomalies" in result.stdout
     assert "not comparable with the published numbers: steps 1" in result.stderr
+    assert "not comparable with the published numbers: scoring default, the recipe has plain" in result.stderr
     values = json.loads((tmp_path / "results.json").read_text())
     assert values["config"]["steps"] == 1
     assert values["config"]["teacher"]["name"] == "efficientnet-lite0"

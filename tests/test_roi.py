@@ -50,6 +50,14 @@ def test_nothing_outside_changes_a_score_or_shows_in_the_map(looking: Detector) 
     assert first.map[:70].any()
 
 
+@pytest.mark.parametrize("model", ["dual", "rd"])
+def test_published_maps_have_another_side(mask: Path, model: str) -> None:
+    config = run_config("test_efficientnet", size=128, steps=1, model=model, scoring="published")
+    found = Detector(config=config).fit([busy(i) for i in range(12)], roi=mask, quiet=True).predict(busy(70))
+    assert not found.map[74:].any()
+    assert found.map[:70].any()
+
+
 def test_a_defect_inside_is_found_and_clutter_is_not(looking: Detector) -> None:
     good, bad = looking.predict([busy(80), scratched(busy(81))])
     assert bad.is_anomaly

@@ -134,6 +134,11 @@ def test_width_dial_and_bottleneck() -> None:
 # ----------------------------------------------------------------------------------------------- cram
 
 
+def test_the_narrowest_student_has_a_channel_inside() -> None:
+    student = ConvReverse(**CNN_64, width=1, depth=1, rectified=False, centres=0)
+    assert min(len(weight) for weight in student.parameters()) == 1
+
+
 def test_cram_equals_its_formula_vector_by_vector() -> None:
     torch.manual_seed(0)
     cram = Cram(3, 4).eval()

@@ -248,7 +248,8 @@ def test_too_little_left_after_skipping(tmp_path: Path) -> None:
         Detector(config=run_config()).fit(folder)
     text = str(stopped.value)
     assert "too little is left" in text
-    assert "6 were skipped" in text
+    assert "at least 6 and 2 are needed: give more good images or type --steps 0 (statistics alone)" in text
+    assert "6 images cannot be read" in text
     assert str(folder / "000.png") in text
 
 

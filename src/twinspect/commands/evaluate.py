@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from twinspect.commands import results
 from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import Again, Review
+from twinspect.config import RunConfig
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
@@ -190,7 +191,8 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
 
     Returns:
         Values ready for JSON: those of `Evaluator.compute` of the joint score; ``students``, the mean image metrics
-        of each student alone; ``student_defects``, its image AUROC by class and type of defect; ``decisions`` by
+        of the local and the semantic score alone, but of none that is the same for all images; ``student_defects``,
+        its image AUROC by class and type of defect; ``decisions`` by
         class, and ``defect_decisions`` also by type, at the thresholds in use (`count_calls`); ``decisions_mean``;
         ``failed``, images that could not be scored, and ``masks_not_used``, with reasons.
 
@@ -226,7 +228,8 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
         labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
         rows.append({**result.row(), **labels})
     seconds, table = time.monotonic() - began, joint.compute()
-    alone = {name: evaluator.compute() for name, evaluator in students.items()}
+    told = [name for name in STUDENTS if len({row[name] for row in rows}) > 1]  # a model may have no semantic reading
+    alone = {name: students[name].compute() for name in told}
     decisions = count_calls(rows, "true_class")
     defects = {name: [row for row in rows if row["label"] and row["true_class"] == name] for name in decisions}
     values = {
@@ -335,6 +338,7 @@ def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
         "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
         "input size": f"{config['size']}",
         "training steps": f"{config['training']['steps']}",
+        "scoring": RunConfig.from_dict({part: config[part] for part in ("model", "train")}).model.scores(),
         "seed": f"{config['train']['seed']}",
         "defect pixels of a mask": f"values {results.MASK_RULE}",
         "maps are measured at": f"the size of the {results.MAP_SIZE}",
@@ -381,12 +385,12 @@ def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def metric_tables(values: Mapping[str, Any]) -> Iterator[Table]:
-    """Metrics by class, of each student alone, and by defect type."""
+    """Metrics by class, of the local and the semantic score alone, and by defect type."""
     if values["mean"]:  # undefined with one label only, which a remark says
         students = {f"{name} alone": row for name, row in values["students"].items()}
         yield Table.of("metrics", results.metric_rows({**values["classes"], "mean": values["mean"]}))
         if students:
-            yield Table.of("mean of each student alone", results.metric_rows(students, "score"))
+            yield Table.of("mean of each score alone", results.metric_rows(students, "score"))
     yield from defect_tables(values)
 
 

@@ -90,9 +90,13 @@ def _card(
     }
     images, taught = record["images"], "and no students: statistics of these images alone"
     if training["steps"]:
-        kept = learnt - images["train"]
-        taught = f"{images['train']} taught the students, and {kept} were kept to measure their skill"
-    told = f"{learnt} good images, {taught}. Left out: {images['skipped']}. No image with a defect was learnt from."
+        skills = ", ".join(f"{part} {skill:.2f}" for part, skill in record.get("skills", {}).items())
+        later = sum(sum(entry["classes"].values()) for entry in record.get("updates", ()))
+        taught = f"{images['train'] - later} taught the students, and {len(decision.held)} were kept to measure them"
+        taught += f"; {later} were learnt later, by updates" if later else ""
+        taught += f"; skill of the students, which weighs them (0 to 1): {skills}" if skills else ""
+    seen = len(decision.trained | decision.held)
+    told = f"{seen} good images, {taught}. Left out: {images['skipped']}. No image with a defect was learnt from."
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
     counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)

@@ -90,7 +90,7 @@ RECIPES = {name: _recipe(name, row, _TABLES) for name, row in _TABLES["recipe"].
 
 
 OURS = "twinspect (our re-implementation)"
-STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
+ALONE = {"score_local": "local score alone", "score_semantic": "semantic score alone"}
 # Values of an evaluation of which several splits are put together: dicts by class, and lists of sentences.
 BY_CLASS = ("classes", "defects", "defects_auspro_005", "defect_decisions")
 LISTS = ("undefined", "failed", "masks_not_used")
@@ -158,6 +158,7 @@ def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
         ("teacher", config.model.teacher, recipe.settings.model.teacher),
         ("input size", config.model.size, recipe.settings.model.size),
         ("steps", config.train.steps, recipe.settings.train.steps),
+        ("scoring", config.model.scores(), recipe.settings.model.scores()),
     ):
         if used != published:
             reasons.append(f"{name} {used or 'by default'}, the recipe has {published}")
@@ -216,7 +217,8 @@ def summarise(
     """Results of several splits as one: rows are classes (industrial) or splits (semantic), then their mean."""
     joined = {name: {row: v for result in done for row, v in result[name].items()} for name in BY_CLASS}
     record = done[0]["record"]
-    students = {name: mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS}
+    alone = {name: {row["split"]["name"]: row["students"].get(name, {}) for row in done} for name in ALONE}
+    students = {name: mean for name, rows in alone.items() if (mean := mean_of(rows))}
     return {
         "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
         "complete": len(done) == total, "splits_done": len(done), "splits": total,
@@ -253,9 +255,9 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
 
 
 def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
-    """Ours, each student alone, and what others report, in percent with the source."""
+    """Ours, the local and the semantic score alone, and what others report, in percent with the source."""
     metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p["percent"])]))
-    ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
+    ours = {OURS: values["mean"], **{ALONE[name]: row for name, row in values["students"].items()}}
     every = [(name, {m: 100 * v for m, v in row.items()}, "measured by this run") for name, row in ours.items()]
     every += [(p["system"], p["percent"], f"published: {p['source']}") for p in recipe.published]
     rows = []

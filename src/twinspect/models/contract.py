@@ -210,7 +210,7 @@ class AnomalyModel(nn.Module):
         """A map that is 0 outside of the region of interest."""
         if self.roi_SS is None:
             return map_B1HW
-        share_11HW = F.adaptive_avg_pool2d(self.roi_SS[None, None].float(), self.scorer.map_side)
+        share_11HW = F.adaptive_avg_pool2d(self.roi_SS[None, None].float(), map_B1HW.shape[-1])
         return map_B1HW * (share_11HW > 0)
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:

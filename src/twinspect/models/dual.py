@@ -56,7 +56,17 @@ TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (D
 
 
 def resolved(config: ModelConfig, info: BackboneInfo, size: int) -> ModelConfig:
-    """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN."""
+    """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN.
+
+    Raises:
+        ConfigError: a decoder that cannot rebuild a ViT's two groups of layers.
+    """
+    if info.vit and config.width not in (0, info.channels[0]):
+        raise ConfigError(
+            f"--width {config.width}: with {info.arch} as teacher it is {info.channels[0]}; leave it out"
+        )
+    if info.vit and config.depth == 1:
+        raise ConfigError("--depth 1: each of a ViT's two groups of layers needs a block; type 2 or more")
     shrink = config.ee_shrink or (1 if info.vit else round(size / 64))
     return replace(
         config,
@@ -130,7 +140,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.vit, self.prefix_tokens, self.widths = info.vit, info.prefix_tokens, groups.widths
         width = config.width
-        heads = max(1, width // 64 if self.vit else width // 32)
+        heads = whole_divisor(width, width // 64 if self.vit else width // 32, 1)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, width, config.dropout, ratio)
         eps = LAYER_NORM_EPS if self.vit else 1e-5

@@ -115,11 +115,15 @@ class Scorer(nn.Module):
         self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
         self.map_side = size // 4
 
+    def skills(self) -> dict[str, float]:
+        """The weights of the students' own readings in the scores, by part."""
+        local, semantic = self.student_readings
+        at = {"local": range(local), "semantic": range(self.local_count, self.local_count + semantic)}
+        return {part: round(float(self.weight_R[places[0]]), 2) for part, places in at.items() if places}
+
     def students_count(self) -> bool:
         """Whether the students' own readings change a score: always when plain, else if they have any skill."""
-        local, semantic = self.student_readings
-        theirs = [*range(local), *range(self.local_count, self.local_count + semantic)]
-        return self.plain or bool(self.weight_R[theirs].any())
+        return self.plain or any(self.skills().values())
 
     def gaussians(self) -> list[LayerGroup]:
         """The layer groups that patches are judged on."""

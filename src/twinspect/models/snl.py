@@ -148,7 +148,7 @@ class WideBottleneck(nn.Module):
 
     def __init__(self, width_in: int, width: int, stride: int = 1, rise: int = 1) -> None:
         super().__init__()
-        inner = width // 2
+        inner = max(1, width // 2)
         middle = conv_norm(inner, inner, stride=stride) if rise == 1 else rise_norm(inner, inner, rise)
         self.body = nn.Sequential(
             *conv_norm(width_in, inner, 1), nn.ReLU(), *middle, nn.ReLU(), *conv_norm(inner, width, 1)

@@ -200,7 +200,7 @@ def _fitted(
     train_at = [i for i in range(len(source)) if i not in held]
     students = not only_few and (config.train.steps > 0 or resume is not None)
     skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
-    _refuse_too_few(len(train_at), len(held), skipped, students)
+    _refuse_too_few(len(train_at), len(held), skipped, students, model.scorer.plain)
     if resume is not None:
         take_over(model, resume.model)
     else:
@@ -285,14 +285,15 @@ def _source(
     return FeatureSource(model, samples, root, progress)
 
 
-def _refuse_too_few(to_train: int, held: int, skipped: Sequence[Skipped], students: bool) -> None:
-    """A `DataError` where too many images could not be read."""
+def _refuse_too_few(to_train: int, held: int, skipped: Sequence[Skipped], students: bool, plain: bool) -> None:
+    """A `DataError` where too few good images are left."""
     least = (FEWEST - 2, 2) if students else (1, 0)
     if to_train < least[0] or held < least[1]:
-        reasons = "\n".join(f"  {image.path}: {image.reason}" for image in skipped[:10])
+        reasons = "".join(f"\n  {image.path}: {image.reason}" for image in skipped[:10])
+        advice = " or type --steps 0 (statistics alone)" if students and not plain else ""
         raise DataError(
-            f"too little is left: {to_train} images to train and {held} to calibrate, after {len(skipped)} "
-            f"were skipped:\n{reasons}"
+            f"too little is left: {to_train} images to train and {held} to calibrate; at least {least[0]} "
+            f"and {least[1]} are needed: give more good images{advice}. {len(skipped)} images cannot be read{reasons}"
         )
 
 
