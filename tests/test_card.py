@@ -54,7 +54,8 @@ def test_card_counts_what_was_kept_with_plain_scoring_and_what_was_learnt_later(
     taught, kept = plain.record_["images"]["train"], len(plain.fitted.decision.held)
     assert kept
     text = printed(plain.save(tmp_path / "plain.twin"))
-    assert f"\n12 good images, {taught} taught the students, and {kept} were kept to measure them. 0 were" in text
+    assert f"\n12 good images, {taught} taught the students, and {kept} were kept to measure them." in text
+    assert "kept to measure them. Left out: 0. " in text
     more = Detector.load(quick.save(tmp_path / "quick.twin"))
     taught = more.record_["images"]["train"]
     more.update([picture(i) for i in range(80, 83)], class_name=next(iter(more.record_["classes"])), quiet=True)
