@@ -291,6 +291,16 @@ def test_other_settings_are_refused(model: Path, shots: Path, tmp_path: Path) ->
         run(replace(one, part_rows=5, masks=str(tmp_path)), Silent())
 
 
+def test_a_run_that_failed_before_its_first_part_is_no_obstacle(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    with pytest.raises(ConfigError, match="unknown class 'nope'"):
+        run(replace(one, class_name="nope"), Silent())
+    with pytest.raises(DataError, match="--submission takes images of MVTec AD 2"):
+        run(replace(one, submission=str(tmp_path / "sub")), Silent())
+    assert run(one, Silent()).before == 0
+    assert not (tmp_path / "t.csv.parts").exists()
+
+
 def test_a_run_of_an_older_version_is_refused(model: Path, shots: Path, tmp_path: Path) -> None:
     one = job(model, tmp_path / "t.csv", shots)
     first_parts(one, 1)
@@ -594,4 +604,4 @@ def test_files_of_several_pictures_are_counted(model: Path, tmp_path: Path) -> N
     for out in (str(tmp_path / "t.csv"), ""):
         totals = run(Job(model, (str(tmp_path / "new"),), out), Silent())
         assert (totals.rows, totals.errors, totals.several) == (3, 0, 2)
-        assert say_totals(totals, "").endswith("2 files hold several pictures: the first of each was read")
+        assert say_totals(totals, "").endswith("2 files with several pictures: the first of each was read")

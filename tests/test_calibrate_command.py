@@ -147,6 +147,10 @@ def test_training_images_are_left_out(trained: Path, old: Path, fresh: Path, tmp
         shutil.copy(path, mixed / f"fresh_{path.name}")
     said = run("calibrate", trained, tmp_path / "mixed", *FEW, "--class", "weave", "--out", tmp_path / "x.twin")
     assert "30 of 54 images left out: the model was trained on them" in said
+    mixed_folder, rate = tmp_path / "mixed", ("--max-fpr", 0.001)
+    refused = run("calibrate", trained, mixed_folder, *rate, "--class", "weave", "--out", tmp_path / "y.twin", code=2)
+    assert "24 good images cannot support it" in refused
+    assert "30 of 54 images left out: the model was trained on them" in refused
     assert sum(name == "weave" for name in decision_of(tmp_path / "x.twin").good.class_name) == 24
 
 

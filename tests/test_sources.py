@@ -304,6 +304,20 @@ def test_zip_members_equal_their_files(tmp_path: Path) -> None:
     assert "damaged archive after 0 images" in errors(path)[str(path)]
 
 
+def test_encrypted_members_and_empty_archives_are_said_in_a_few_words(tmp_path: Path) -> None:
+    path, empty = tmp_path / "locked.zip", tmp_path / "empty.tar"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.png", png())
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\3\4") + 6] |= 1
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(raw)
+    name = f"{path}#a.png"
+    assert errors(path) == {name: f"{name}: it is encrypted; unpack the archive with its password first"}
+    empty.touch()
+    assert errors(empty)[str(empty)].endswith("(file could not be opened successfully); copy it again")
+
+
 def test_a_zip_member_that_unpacks_to_more_than_it_says_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

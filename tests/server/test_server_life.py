@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from serving import BRIGHT, DARK, Answer, Brightness, Command, Running, encoded, post, predictor
 from tiny import picture, save
+from typer.testing import CliRunner
 
 from twinspect import Detector
+from twinspect.cli import app as commands
 from twinspect.errors import BundleError, ConfigError
 from twinspect.server.log import Filter, InspectionLog
 from twinspect.server.service import _trim_memory
@@ -350,3 +352,10 @@ def test_memory_that_a_reload_has_freed_goes_back_to_the_system() -> None:
         _trim_memory()
         assert before - resident_mb() > 100
     assert len(last) == 100_000
+
+
+@pytest.mark.parametrize("given", [("--log-required",), ("--log-days", "3"), ("--log-thumbnails", "320")])
+def test_options_of_a_log_are_refused_without_one(tmp_path: Path, given: tuple[str, ...]) -> None:
+    found = CliRunner().invoke(commands, ["serve", str(tmp_path / "m.twin"), "--log", "none", *given])
+    assert found.exit_code == 2
+    assert f"{given[0]} contradicts --log none" in found.output

@@ -29,7 +29,7 @@ from twinspect.decide.decision import (
     odd_images,
     refuse_unsupported,
 )
-from twinspect.errors import DataError
+from twinspect.errors import ConfigError, DataError
 from twinspect.types import CALIBRATION, Progress, Sample
 
 if TYPE_CHECKING:
@@ -147,8 +147,11 @@ def recalibrate(
         budgets = [after.budget, *after.budgets.values()]
     else:  # budgets of other classes stay, and their sentences say what they are worth
         budgets, good = [after.budget_of(class_name)], good.take(good.of_class(class_name))
-    for budget in budgets:
-        refuse_unsupported(len(good), budget.max_fpr, "--unsure" if budget.unsure else "--max-fpr")
+    try:
+        for budget in budgets:
+            refuse_unsupported(len(good), budget.max_fpr, "--unsure" if budget.unsure else "--max-fpr")
+    except ConfigError as error:  # images that were left out may be why there are too few
+        raise ConfigError("; ".join([str(error), *notes])) from None
     if scored is not None:
         notes += _odd_images(after, scored)
     return after, notes

@@ -252,7 +252,10 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     label, store = "" if of == 1 else f"-{number}-of-{of}", store_of(job)
     settings = _settings(job)
     with closing(store.lock(label)):
-        store.begin(settings, job.restart)
+        store.look()
+        # A run that failed before its first part left nothing to go on with. Shards may be at theirs just now.
+        nothing_left = not job.is_folder and not store.known
+        store.begin(settings, job.restart or nothing_left)
         store.look()
         totals.before = sum(part.rows for part in store.known.values())
         if totals.before:
@@ -402,6 +405,7 @@ def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
     where = f"; table: {out}" if out not in ("", "-") else ""
-    several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
+    files = counted(totals.several, "file")
+    several = f"; {files} with several pictures: the first of each was read" if totals.several else ""
     counts = f"{totals.bad} anomalous, {totals.errors} could not be read"
     return f"{counted(totals.rows, 'image')}{before}: {counts}{where}{several}"

@@ -39,6 +39,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 _IMAGE_BYTES = ("image", "img", "jpg", "png", "bytes")  # columns of encoded images in other people's tables
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg")
 RETRY_SECONDS = 2.0  # between attempts to open a source that broke off
+_ENCRYPTED = 0x1  # flag of a file in a zip
 _LOOK_SECONDS = 0.5  # a wait no longer than this can be stopped by Ctrl-C on every system
 Frame = tuple[int, NDArray[np.uint8]]  # its number, and H x W x 3 in RGB
 
@@ -101,7 +102,7 @@ class Stream:
         except Exception as error:  # of the disk, the store, the unpacker or pyarrow
             if isinstance(error, TwinspectError) and not isinstance(error, DataError):
                 raise  # a package is missing
-            words = str(error).partition("\n")[0]  # tarfile lists what each of its readers says
+            words = str(error).partition("\n")[0].rstrip(":")  # tarfile lists what each of its readers says
             reason = f"damaged {kind} after {count} images ({words}); copy it again"
             yield Item(self.path, error=f"{self.path}: {reason}")
         else:
@@ -165,9 +166,11 @@ def _zip_members(path: str) -> Iterator[Item]:
                 continue
             name = f"{path}#{member.filename}"
             refusal = _refusal(member.filename, member.file_size)  # no more than the header says is ever unpacked
+            if member.flag_bits & _ENCRYPTED:
+                refusal = "it is encrypted; unpack the archive with its password first"
             try:
                 body = archive.read(member) if not refusal else None
-            except Exception as error:  # damaged, encrypted, or packed in a way that Python lacks
+            except Exception as error:  # damaged, or packed in a way that Python lacks
                 body, refusal = None, f"cannot be unpacked ({error})"
             yield Item(name, data=body, error=f"{name}: {refusal}" if refusal else "")
 
