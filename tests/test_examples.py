@@ -65,9 +65,9 @@ def test_server_client(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         run("server_client.py", ["new.png", "good/000.png", "--server", address], monkeypatch)
         rows = [line.rpartition("row ")[2] for line in capsys.readouterr().out.splitlines()]
         assert rows == ["1", "2"]
-        log.close()
         with pytest.raises(SystemExit, match="404: "):
             run("server_client.py", ["new.png", "--server", address, "--false-alarm", "99"], monkeypatch)
+    log.close()
     with pytest.raises(SystemExit, match="start one: twinspect serve model.twin"):
         run("server_client.py", ["new.png", "--server", address], monkeypatch)
 

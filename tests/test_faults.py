@@ -10,9 +10,11 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +168,7 @@ for number in range(int(sys.argv[2])):
 
 
 def rows_of(log: Path) -> dict[int, str]:
-    import sqlite3
-
-    with sqlite3.connect(log) as connection:
+    with closing(sqlite3.connect(log)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         return dict(connection.execute("SELECT id, name FROM twinspect_inspections"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,8 @@ def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> 
     refuse_missing()
     from twinspect.server.log import InspectionLog, learn
 
-    log = InspectionLog(options.from_log, create=False)
-    try:
+    with closing(InspectionLog(options.from_log, create=False)) as log:
         good, labelled, notes = learn(log, decision, options.since, options.class_name or None)
-    finally:
-        log.close()
     console.warn(*notes)
     return good, labelled if options.rule else None
 

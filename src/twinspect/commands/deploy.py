@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,10 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
         with verified(path, options.require_signature) as copy:
             return load(copy, options.threads)
 
-    log = None if where == "none" else InspectionLog(where)
-    place = log.described if log is not None else "none"
-    app = build_app(chosen, paths, log, open_file)
-    serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
-    if log is not None:
-        log.close()
+    with nullcontext() if where == "none" else closing(InspectionLog(where)) as log:
+        place = log.described if log is not None else "none"
+        app = build_app(chosen, paths, log, open_file)
+        serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
 
 
 def sign(options: SignOptions, console: Console) -> None:
