@@ -61,7 +61,7 @@ def test_card_counts_what_was_kept_with_plain_scoring_and_what_was_learnt_later(
     more.update([picture(i) for i in range(80, 83)], class_name=next(iter(more.record_["classes"])), quiet=True)
     text = printed(more.save(tmp_path / "more.twin"))
     assert f", {taught} taught the students, and " in text
-    assert "; 3 were learnt later, by updates; skill of the students, which weighs them (0 to 1): local 0." in text
+    assert "; 3 were learnt later, by updates; weight of the students in the scores (0 to 1): local 0." in text
 
 
 def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from twinspect.models.scorer import LayerGroup
 from twinspect.models.statistics import NearestImages, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.training.fit import choose_images, fit_scales
-from twinspect.training.normal import fit_statistics
+from twinspect.training.normal import _Fitting, fit_statistics
 from twinspect.training.source import FeatureSource
 from twinspect.types import silent
 
@@ -308,6 +308,11 @@ def test_a_student_counts_by_its_skill_in_predicting_good_images(parts: Path) ->
 
         patch.setattr(model, "predictions", mixed)
         assert weights() == pytest.approx([1.0, 0.0], abs=1e-5)
+    for skill, weight in ((0.3, 0.0), (0.5, 0.0), (0.75, 0.5)):  # half as far from the teacher as the mean is: 0.5
+        with pytest.MonkeyPatch.context() as patch:
+            part = torch.tensor([1.0 - skill, 1.0], dtype=torch.float64)
+            patch.setattr(_Fitting, "_apart", lambda self, *given, part=part: part.expand(len(given[-1]), 2))
+            assert weights() == [weight, weight]
 
 
 def test_nothing_is_cropped_when_an_image_is_brought_to_size() -> None:

@@ -1,5 +1,7 @@
 """A model made ready to predict says what the trained one says, and leaves it as it was."""
 
+import copy
+
 import numpy as np
 import torch
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, same_tensors
@@ -18,7 +20,8 @@ def assert_same(model: AnomalyModel, image: torch.Tensor, tolerance: float) -> N
 
 
 def test_a_trained_model_says_the_same(detector: Detector) -> None:
-    model = detector.fitted.model
+    model = copy.deepcopy(detector.fitted.model)
+    model.scorer.weight_R.fill_(1.0)  # its students learnt too little to be asked
     size = model.size
     image = torch.from_numpy(np.stack([picture(i, size, size) for i in range(5)])).permute(0, 3, 1, 2).clone()
     image[0, :, 20:30, 20:30] = 255

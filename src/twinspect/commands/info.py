@@ -90,11 +90,11 @@ def _card(
     }
     images, taught = record["images"], "and no students: statistics of these images alone"
     if training["steps"]:
-        skills = ", ".join(f"{part} {skill:.2f}" for part, skill in record.get("skills", {}).items())
+        weights = ", ".join(f"{part} {weight:.2f}" for part, weight in record.get("student_weights", {}).items())
         later = sum(sum(entry["classes"].values()) for entry in record.get("updates", ()))
         taught = f"{images['train'] - later} taught the students, and {len(decision.held)} were kept to measure them"
         taught += f"; {later} were learnt later, by updates" if later else ""
-        taught += f"; skill of the students, which weighs them (0 to 1): {skills}" if skills else ""
+        taught += f"; weight of the students in the scores (0 to 1): {weights}" if weights else ""
     seen = len(decision.trained | decision.held)
     told = f"{seen} good images, {taught}. Left out: {images['skipped']}. No image with a defect was learnt from."
     behind = Counter(decision.good.class_name)

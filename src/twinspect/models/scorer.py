@@ -20,10 +20,10 @@ rule: at every position the surprises of the layer groups add up.
     score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
     map = sum over the layer groups of the map of s(z of distance)
 
-The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
-the rest. ``link`` says how far the good images of a cluster repeat each other (`clusters.repetition`): 1 on a line,
-near 0 among photographs, where the place and grain of a patch mean nothing. There the nearest good images tell most,
-so their reading counts 1 - link.
+The weight w of a student's reading comes from its skill, how much better it predicts good images than their mean
+does: what the skill has above one half, doubled (`LEAST_SKILL`). It is 1 for the rest. ``link`` says how far the good
+images of a cluster repeat each other (`clusters.repetition`): 1 on a line, near 0 among photographs, where the place
+and grain of a patch mean nothing. There the nearest good images tell most, so their reading counts 1 - link.
 
 Shapes: B images, h w grid, R readings, n good images, K clusters, H W map.
 """
@@ -44,6 +44,7 @@ from twinspect.models.teachers import BackboneInfo
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
+LEAST_SKILL = 0.5  # a student's own reading counts from this skill on, and fully at 1
 REGION = 4  # positions of the coarsest stages, of 32 pixels, that a region is wide; regions overlap by half
 
 
@@ -115,15 +116,15 @@ class Scorer(nn.Module):
         self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
         self.map_side = size // 4
 
-    def skills(self) -> dict[str, float]:
+    def student_weights(self) -> dict[str, float]:
         """The weights of the students' own readings in the scores, by part."""
         local, semantic = self.student_readings
         at = {"local": range(local), "semantic": range(self.local_count, self.local_count + semantic)}
         return {part: round(float(self.weight_R[places[0]]), 2) for part, places in at.items() if places}
 
     def students_count(self) -> bool:
-        """Whether the students' own readings change a score: always when plain, else if they have any skill."""
-        return self.plain or any(self.skills().values())
+        """Whether the students' own readings change a score: always when plain, else if they have any weight."""
+        return self.plain or any(self.student_weights().values())
 
     def gaussians(self) -> list[LayerGroup]:
         """The layer groups that patches are judged on."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from twinspect.decide.decision import GoodScores, image_id
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.models.layers import in_fp16, top_mean
-from twinspect.models.scorer import TOP_SHARE, LayerGroup
+from twinspect.models.scorer import LEAST_SKILL, TOP_SHARE, LayerGroup
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
     average,
@@ -235,13 +235,13 @@ class _Fitting:
             stored = np.memmap(file, maps, "w+", shape=len(self.images))
             for g, group in enumerate(self.groups):
                 group.distance_nhw = stored[f"{g}"]
-            students, skills = self._distances(targets)
+            students, weights = self._distances(targets)
             local, peak_n = self._scale()
         first, second = scorer.student_readings
         patches = torch.cat([students[:, :first], local, students[:, first:]], 1)
         if not self.old:
-            scorer.weight_R[:first] = skills[0]
-            scorer.weight_R[scorer.local_count : scorer.local_count + second] = skills[1]
+            scorer.weight_R[:first] = weights[0]
+            scorer.weight_R[scorer.local_count : scorer.local_count + second] = weights[1]
         patches = torch.cat([before.readings_nR[:, : patches.shape[1]], patches])
         peak_n = torch.cat([before.peak_n, peak_n])
         counted_n = torch.cat([before.counted_n, torch.ones_like(self.held_n)])
@@ -329,7 +329,7 @@ class _Fitting:
         return torch.stack(readings, 1)
 
     def _distances(self, targets: list[Tensor]) -> tuple[Tensor, tuple[float, float]]:
-        """Third pass: distances by the other half's covariances; the students' readings and skills.
+        """Third pass: distances by the other half's covariances; the students' readings and weights.
 
         ``targets`` are the means of what the students learn.
         """
@@ -350,9 +350,10 @@ class _Fitting:
                 apart += self._apart(places, observed, small, targets)
         skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
         local = torch.tensor([target.dim() == 3 for target in targets], dtype=torch.bool)
-        # To a hundredth: a student of less skill would change no answer, and is not asked at all.
-        skills = [round(float(skill[at].mean()), 2) if bool(at.any()) else 0.0 for at in (local, ~local)]
-        return self._raised(torch.cat(readings)), (skills[0], skills[1])
+        means = (float(skill[at].mean()) if bool(at.any()) else 0.0 for at in (local, ~local))
+        # To a hundredth: a student of less weight would change no answer, and is not asked at all.
+        weights = [round(max(0.0, (mean - LEAST_SKILL) / (1 - LEAST_SKILL)), 2) for mean in means]
+        return self._raised(torch.cat(readings)), (weights[0], weights[1])
 
     def _apart(self, places: Tensor, observed: Observed, small: Tensor, targets: list[Tensor]) -> Tensor:
         """1 - cos of the teacher's answers from the student's, and from the mean of good images: targets x 2, sums.

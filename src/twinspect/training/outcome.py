@@ -142,7 +142,7 @@ def outcome_of(
         "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
         "images": {"train": len(learnt), "calibration": sum(held_out)},
         **sizes(model),
-        "skills": {} if plain else model.scorer.skills(),
+        "student_weights": {} if plain else model.scorer.student_weights(),
         "least_like": [
             {
                 "path": pictures[i].name, "class_name": pictures[i].class_name, "score": float(good.score_n[i]),
