@@ -79,11 +79,10 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
 
     chosen = Settings(api_key=read_key(options.api_key_file), **settings)
     where = options.log or os.environ.get("TWINSPECT_LOG", "inspections.db")
-    of_log = {"--log-required": chosen.log_required, "--log-days": chosen.log_days}
-    of_log |= {"--log-thumbnails": chosen.log_thumbnails}
-    if where == "none" and any(of_log.values()):
-        given = next(option for option, value in of_log.items() if value)
-        raise ConfigError(f"{given} contradicts --log none; leave one of them out")
+    of_log = (("--log-required", chosen.log_required), ("--log-days", chosen.log_days))
+    for flag, value in (*of_log, ("--log-thumbnails", chosen.log_thumbnails)):
+        if value and where == "none":
+            raise ConfigError(f"{flag} contradicts --log none; leave one of them out")
     paths = named_paths(list(options.models))
 
     def open_file(path: Path) -> Predictor:
