@@ -48,19 +48,21 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     after, notes = recalibrate(before, good, labelled, max_fpr, unsure, name, options.add, rule, options.miss_cost)
     console.warn(*notes)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
+    unchanged = out == options.model and after.to_dict() == meta["decision"]
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
-    if not options.force and (note_of_old := keep_old(out)):
-        console.warn(note_of_old)
-    if signature_file(options.model).is_file():
-        console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
-    write_bundle(out, meta, content.tensors, content.memory)
+    if not unchanged:
+        if not options.force and (note_of_old := keep_old(out)):
+            console.warn(note_of_old)
+        if signature_file(options.model).is_file():
+            console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
+        write_bundle(out, meta, content.tensors, content.memory)
     title = f"Calibration of {options.model.name}"
     facts = {"model": after.model_id, "calibration images": str(len(after.good))}
     left_out = sessions(after)
     values = {"model_id": after.model_id, "classes": class_values(after), "sessions": left_out, "notes": notes}
     publish(Report(title, sections(after, left_out, notes), facts, values), options, console)
-    console.say(f"wrote {out}")
+    console.say(f"nothing changes, {out} is as it was" if unchanged else f"wrote {out}")
 
 
 def refuse_contradictions(options: CalibrateOptions) -> None:
