@@ -61,7 +61,7 @@ def test_what_cannot_be_read_stops_and_says_what_to_type(tmp_path: Path, extra: 
     root = tree(tmp_path, **SIX, **extra)
     with pytest.raises(DataError, match=reason) as stopped:
         load(root)
-    assert "6 classes can be read" in str(stopped.value)
+    assert "classes that can be read: 6; these" in str(stopped.value)
     assert "--layout mvtec-ad to leave them out" in str(stopped.value)
     found = load(root, "mvtec-ad")
     assert found.classes == [*"abcdef"]
@@ -374,8 +374,8 @@ def test_files_of_several_pictures_are_noted(tmp_path: Path) -> None:
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
     pages[0].save(tmp_path / "one.tif")
     (note,) = [note for note in load(tmp_path).notes if "several pictures" in note]
-    assert "1 files hold several pictures (first: " in note
-    assert "stack.tif, 3): the first of each is read" in note
+    assert "files with several pictures: 1 (first: " in note
+    assert "stack.tif, 3); the first of each is read" in note
 
 
 def test_links_upwards_are_not_followed(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Evaluator:
         """
         of_class = self.classes.get(class_name, _Class())
         who = name or f"{class_name} image number {len(of_class.images)}"
-        if not math.isfinite(score):
+        if score is None or not math.isfinite(score):
             raise DataError(f"score of {who} is {score}; accepted: finite numbers")
         if label not in (0, 1):
             raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly)")
