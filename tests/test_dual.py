@@ -128,6 +128,33 @@ def test_the_decoder_of_a_vit_starts_small_and_learns_as_published() -> None:
     assert "amsgrad" not in build_model(run_config(RANDOM_CNN).model).parameter_groups(TrainConfig())[0]
 
 
+@pytest.mark.parametrize("rank", [6, 16])
+def test_the_decoder_of_a_cnn_starts_from_principal_components(rank: int) -> None:
+    """A start rebuilds features of a few dimensions, of more as well as principal components can, and no others."""
+    torch.manual_seed(0)
+    student = build_model(run_config(RANDOM_CNN, width=8, dropout=0.0).model).student.local
+    dims, draw = student.head.out_features, torch.Generator().manual_seed(1)
+    basis_RD = torch.randn(rank, dims, generator=draw)
+    length, wide = len(student.position_NW), torch.linspace(1.0, 0.2, rank)
+
+    def drawn(images: int) -> torch.Tensor:
+        trunk_BND = (torch.randn(images, length, rank, generator=draw) * wide) @ basis_RD
+        return trunk_BND / basis_RD.square().sum(0).sqrt()
+
+    good_BND = drawn(200)
+    with torch.no_grad():
+        student.start(lambda: good_BND.split(50))
+        new_BND = drawn(50)
+        student.eval()
+        rest = 1.0 - F.cosine_similarity(torch.cat(student(new_BND), 2), new_BND, dim=2).mean()
+        axes_DW = torch.linalg.svd(good_BND.flatten(0, 1), full_matrices=False).Vh[:8].T
+        best = 1.0 - F.cosine_similarity(new_BND @ axes_DW @ axes_DW.T, new_BND, dim=2).mean()
+        odd_BND = torch.randn(50, length, dims, generator=draw)
+        odd = 1.0 - F.cosine_similarity(torch.cat(student(odd_BND), 2), odd_BND, dim=2).mean()
+    assert best - 1e-4 <= rest <= best + 0.05
+    assert odd > rest + 0.3
+
+
 @pytest.mark.parametrize("depth", [0.3, 0.5, 1.0])
 def test_a_shallower_student_answers_for_every_level(depth: float) -> None:
     model = build_model(run_config(ee_depth=depth, ee_tokens="all").model)

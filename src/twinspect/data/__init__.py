@@ -134,8 +134,8 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     if log.undecided and layout == "auto":
         classes = len({sample.class_name for sample in samples})
         raise DataError(
-            f"{place.path}: {f'classes that can be read: {classes}; ' if samples else ''}these cannot be used as they "
-            f"are:{first_lines(f'{path}: {reason}' for path, reason in log.undecided.items())}"
+            f"{place.path}: {f'classes that can be read: {classes}; ' if samples else ''}these cannot be used as "
+            f"they are:{first_lines(f'{path}: {reason}' for path, reason in log.undecided.items())}"
             + (f"\nMend that, or type --layout {name} to leave them out" if samples else "")
         )
     if not samples:
@@ -237,6 +237,6 @@ def _note(samples: list[Sample], log: ScanLog) -> None:
     if several := [(s.image, count) for s in samples if s.record is None and (count := count_pictures(s.image)) > 1]:
         path, count = several[0]
         log.note(
-            f"files with several pictures: {len(several):,} (first: {path}, {count}); the first of each is read, save "
-            "the others as files of their own"
+            f"files with several pictures: {len(several):,} (first: {path}, {count}); the first of each is read, "
+            "save the others as files of their own"
         )

@@ -18,7 +18,9 @@ This is scoring ``plain``, and the paper. With scoring ``default``, `models.scor
 closed form. With a ViT the Encoder-Decoder is the network of Dinomaly (CVPR 2025) to the digit; with scoring
 ``published`` so are its map, its score and the teacher's position table: see docs/papers.md and benchmarks/parity.py.
 What is ours: a CNN can be the teacher. Then its stages play the layers, standardised and brought to one grid, the
-first half of them one group and the second half the other; pooled stages play the class tokens.
+first half of them one group and the second half the other; pooled stages play the class tokens. Its Encoder-Decoder
+starts from the principal components of the features (`EncoderDecoder.start`): 100 steps from there reach what 1,000
+steps from chance do.
 
 Shapes: B images, D channels, h w grid, N positions of the decoder's grid, P class and register tokens, E width of all
 global tokens together, S input side, W width of the decoder.
@@ -26,6 +28,7 @@ global tokens together, S input side, W width of the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +39,7 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel, Observed, Plain, Selection
+from twinspect.models.contract import AnomalyModel, Batches, Observed, Plain, Selection
 from twinspect.models.layers import (
     DecoderBlock,
     NoisyBottleneck,
@@ -139,7 +142,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig) -> None:
         super().__init__()
         self.vit, self.prefix_tokens, self.widths = info.vit, info.prefix_tokens, groups.widths
-        width = config.width
+        self.width = width = config.width
         heads = whole_divisor(width, width // 64 if self.vit else width // 32, 1)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, width, config.dropout, ratio)
@@ -151,19 +154,52 @@ class EncoderDecoder(nn.Module):
             self.register_buffer("position_NW", sine_positions(groups.side, width), persistent=False)
             self.head = TokenLinear(width, sum(groups.widths))
 
+    def start(self, trunks: Callable[[], Iterable[Tensor]]) -> None:
+        """Make a CNN's student a linear one: principal components, and a head solved by least squares.
+
+        ``trunks`` gives features of good images, B x N x D each, whose channels have mean 0 and standard deviation 1.
+        """
+        covariance_DD = torch.stack([_products(trunk_BND, trunk_BND) for trunk_BND in trunks()]).sum(0)
+        axes_DD = torch.linalg.eigh(covariance_DD).eigenvectors
+        axes_DD = axes_DD * axes_DD.gather(0, axes_DD.abs().argmax(0, keepdim=True)).sign()  # machines differ in it
+        leading_WD = axes_DD.T[-self.width :].float()
+        leading_WD = F.pad(leading_WD, (0, 0, 0, self.width - len(leading_WD)))
+        one_WW = torch.eye(self.width, device=leading_WD.device)
+        enter, leave = (layer for layer in self.bottleneck.net if isinstance(layer, TokenLinear))
+        # Two hidden units for a component x, as GELU(x) - GELU(-x) = x. Blocks add nothing yet.
+        _set(enter, torch.cat([leading_WD, -leading_WD]))
+        _set(leave, torch.cat([one_WW, -one_WW], 1))
+        for layer in self.blocks.modules():
+            if isinstance(layer, TokenLinear) and layer.out_features == self.width:
+                _set(layer, torch.zeros_like(layer.weight))
+        self.train()  # the head learns with the noise that all will be trained with
+        sums = []
+        for trunk_BND in trunks():
+            x_BNW = F.pad(self._decoded(trunk_BND)[-1], (0, 1), value=1.0)
+            sums.append(torch.cat([_products(x_BNW, x_BNW), _products(x_BNW, trunk_BND)], 1))
+        square, product = torch.stack(sums).sum(0).tensor_split((self.width + 1,), 1)
+        little = 1e-6 * square.trace() * torch.eye(len(square)).to(square)
+        solved = torch.linalg.solve(square + little, product).float()
+        _set(self.head, solved[:-1].T, solved[-1])
+
     def forward(self, trunk_BND: Tensor) -> list[Tensor]:
         """Predicted groups, in the order of the teacher's."""
+        outputs = self._decoded(trunk_BND)
+        if not self.vit:
+            return list(torch.split(self.head(outputs[-1]), self.widths, 2))
+        # Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group.
+        half = len(outputs) // 2
+        return [torch.stack(part).mean(0)[:, self.prefix_tokens :] for part in (outputs[half:], outputs[:half])]
+
+    def _decoded(self, trunk_BND: Tensor) -> list[Tensor]:
+        """What every block of the decoder gives."""
         x_BNW, outputs = self.bottleneck(trunk_BND), []
         if not self.vit:
             x_BNW = x_BNW + self.position_NW
         for block in self.blocks:
             x_BNW = block(x_BNW)
             outputs.append(x_BNW)
-        if not self.vit:
-            return list(torch.split(self.head(x_BNW), self.widths, 2))
-        # Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group.
-        half = len(outputs) // 2
-        return [torch.stack(part).mean(0)[:, self.prefix_tokens :] for part in (outputs[half:], outputs[:half])]
+        return outputs
 
 
 class EncoderEncoder(nn.Module):
@@ -216,6 +252,11 @@ class DualModel(AnomalyModel):
         # Of the teacher's, that are learnt; kept here because several processes wrap the student.
         self.class_tokens = len(self.student.semantic.heads)
 
+    def initialise(self, batches: Batches, seed: int) -> None:
+        """Start the Encoder-Decoder of a CNN from principal components. A ViT's starts as Dinomaly's does."""
+        if not self.groups.vit:
+            self.student.local.start(lambda: (self.groups(observed)[1] for observed, _ in batches()))
+
     def targets(self, observed: Observed) -> list[Tensor]:
         """What the students should have said: both layer groups (B x N x D), then the class tokens (B x D)."""
         return [*self.groups(observed)[0], *self._class_tokens(observed)]
@@ -262,6 +303,16 @@ class DualModel(AnomalyModel):
 
 
 build = DualModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`
+
+
+def _products(left_BND: Tensor, right_BND: Tensor) -> Tensor:
+    """Sum over all positions of the products of two features: D_left x D_right."""
+    return left_BND.flatten(0, 1).double().T @ right_BND.flatten(0, 1).double()
+
+
+def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    layer.weight.copy_(weight)
+    layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
 
 
 def sine_positions(side: int, width: int) -> Tensor:
