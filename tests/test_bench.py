@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -148,3 +151,22 @@ def test_operations_of_a_depthwise_convolution_are_counted_by_group(benchmark_mo
     assert forward.spent[0] == 2 * (2 * 8 * 5 * 5) * 9
     assert backward.spent[0] == 2 * forward.spent[0]
     assert backward.spent[1] > forward.spent[1] > 4 * 2 * x.numel()
+
+
+@pytest.mark.slow
+def test_the_last_row_of_the_additions_is_the_model(tmp_path: Path) -> None:
+    """Both scripts run seldom, and one of them makes scores anew from what it has taken from the library."""
+    found = {}
+    for script, last in (("additions.py", "+ students weighed by skill (default)"), ("accuracy.py", "| A, joint |")):
+        done = subprocess.run(
+            [
+                sys.executable, str(Path(__file__).parents[1] / "benchmarks" / script), "--data", ".",
+                "--sets", "textile", "--limit", "12", "--steps", "2", "--size", "64",
+                *(["--methods", "ours-a"] if script == "accuracy.py" else []),
+            ],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if last in line)
+        found[script] = re.search(r"0\.\d{4}", line)[0]  # type: ignore[index]
+    assert found["additions.py"] == found["accuracy.py"]
