@@ -335,7 +335,7 @@ def test_a_student_counts_by_its_skill_in_predicting_good_images(parts: Path) ->
 
         patch.setattr(model, "predictions", mixed)
         assert weights() == pytest.approx([1.0, 0.0], abs=1e-5)
-    for skill, weight in ((0.3, 0.0), (0.5, 0.0), (0.75, 0.5)):  # half as far from the teacher as the mean is: 0.5
+    for skill, weight in ((0.5, 0.0), (0.75, 0.0), (0.875, 0.5)):  # half as far from the teacher as the mean is: 0.5
         with pytest.MonkeyPatch.context() as patch:
             part = torch.tensor([1.0 - skill, 1.0], dtype=torch.float64)
             patch.setattr(_Fitting, "_apart", lambda self, *given, part=part: part.expand(len(given[-1]), 2))

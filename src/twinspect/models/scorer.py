@@ -21,7 +21,7 @@ rule: at every position the surprises of the layer groups add up.
     map = sum over the layer groups of the map of s(z of distance)
 
 The weight w of a student's reading comes from its skill, how much better it predicts good images than their mean
-does: what the skill has above one half, doubled (`LEAST_SKILL`). It is 1 for the rest. ``link`` says how far the good
+does: 0 up to `LEAST_SKILL`, and in proportion from there to 1. It is 1 for the rest. ``link`` says how far the good
 images of a cluster repeat each other (`clusters.repetition`): 1 on a line, near 0 among photographs, where the place
 and grain of a patch mean nothing. There the nearest good images tell most, so their reading counts 1 - link.
 
@@ -44,7 +44,7 @@ from twinspect.models.teachers import BackboneInfo
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
-LEAST_SKILL = 0.5  # a student's own reading counts from this skill on, and fully at 1
+LEAST_SKILL = 0.75  # a student's own reading counts from this skill on, and fully at 1
 REGION = 4  # positions of the coarsest stages, of 32 pixels, that a region is wide; regions overlap by half
 
 
