@@ -19,8 +19,8 @@ closed form. With a ViT the Encoder-Decoder is the network of Dinomaly (CVPR 202
 ``published`` so are its map, its score and the teacher's position table: see docs/papers.md and benchmarks/parity.py.
 What is ours: a CNN can be the teacher. Then its stages play the layers, standardised and brought to one grid, the
 first half of them one group and the second half the other; pooled stages play the class tokens. Its Encoder-Decoder
-starts from the principal components of the features (`EncoderDecoder.start`): 100 steps from there reach what 1,000
-steps from chance do.
+starts from the principal components of the features (`EncoderDecoder.start`): 100 steps from there reach the loss of
+1,000 steps from chance.
 
 Shapes: B images, D channels, h w grid, N positions of the decoder's grid, P class and register tokens, E width of all
 global tokens together, S input side, W width of the decoder.
