@@ -44,7 +44,7 @@ from twinspect.decide.recalibrate import score_images
 from twinspect.metrics import auroc
 from twinspect.models.clusters import Clusters
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.statistics import FOLDS, TokenGaussian, cross_fitted_tokens
+from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
 from twinspect.report import Table
 from twinspect.training.fit import choose_images
 from twinspect.training.outcome import classes_of_clusters
@@ -207,11 +207,11 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     token, names = seen.token_NE, seen.class_name[learnt.numpy()].tolist()
     clusters = Clusters(token.shape[1])
     seed = fitted.config.train.seed
-    fold_n = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)) % FOLDS
-    cluster_n = clusters.fit(token[learnt], seen.embedding_NF[learnt], names, fold_n, seed)
+    cluster_n = clusters.fit(token[learnt], seen.embedding_NF[learnt], names, seed)
     length = TokenGaussian(token.shape[1])
     length.fit(token[learnt], cluster_n, clusters.count)
-    fitted_on = cross_fitted_tokens(token[learnt], cluster_n, clusters.count, fold_n)
+    order = torch.randperm(len(cluster_n), generator=torch.Generator().manual_seed(seed))
+    fitted_on = cross_fitted_tokens(token[learnt], cluster_n, clusters.count, order % 5)
     cluster = clusters(token)
     distance = length(token, cluster)
     distance[learnt] = fitted_on

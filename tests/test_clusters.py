@@ -18,7 +18,6 @@ from twinspect.models.clusters import (
     repetition,
 )
 from twinspect.models.contract import build_model
-from twinspect.models.statistics import FOLDS
 
 PRODUCTS = ("weave", "ring", "brushed")
 _MOST, _FRESH = 50, 20
@@ -45,7 +44,7 @@ def learnt(painted: list[tuple[torch.Tensor, torch.Tensor]], sizes: list[int], n
         torch.cat([one[part][:size] for one, size in zip(painted, sizes, strict=True)]) for part in (0, 1)
     )
     clusters = Clusters(tokens.shape[1])
-    cluster = clusters.fit(tokens, embeddings, names, torch.arange(len(names)) % FOLDS, seed=0)
+    cluster = clusters.fit(tokens, embeddings, names, seed=0)
     assert torch.equal(clusters(tokens), cluster)
     return clusters
 
@@ -107,7 +106,7 @@ def test_products_are_found_without_names(painted, sizes: list[int], name: str) 
 def test_one_product_stays_one(painted, product: int, count: int) -> None:
     tokens, embeddings = (one[:count] for one in painted[product])
     clusters = Clusters(tokens.shape[1])
-    clusters.fit(tokens, embeddings, [""] * count, torch.arange(count) % FOLDS, seed=0)
+    clusters.fit(tokens, embeddings, [""] * count, seed=0)
     assert clusters.count == 1
     assert float(clusters.link_K[0]) > 0.9  # pictures of one product repeat each other
 
@@ -149,7 +148,7 @@ def test_a_handful_of_images_or_copies_of_one(count: int, named: bool) -> None:
     names = [f"c{i % 2}" if named else "" for i in range(count)]
     for tokens in (normal(count, 16), torch.ones(count, 16)):
         clusters = Clusters(16)
-        assert len(clusters.fit(tokens, tokens, names, torch.arange(count) % FOLDS, seed=0)) == count
+        assert len(clusters.fit(tokens, tokens, names, seed=0)) == count
         assert clusters.count == (min(count, 2) if named else 1)
         assert all(one.double().isfinite().all() for one in clusters.buffers())
         assert 0 <= int(clusters(normal(5, 16, seed=3)).max()) < clusters.count

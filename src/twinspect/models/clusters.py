@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twinspect.models.statistics import each_fold, shrunk_directions
+from twinspect.models.statistics import each_fold, random_folds, shrunk_directions
 
 # Sums of standard deviations that the means of two groups lie apart by, or they are one. Two products: mostly 7 and
 # more; two designs or lots of one product: 3 to 6.5; halves of one Gaussian: 1.3.
@@ -59,15 +59,9 @@ class Clusters(nn.Module):
         return (point_BP[:, None] - self.centres_KP[None]).square().sum(-1).argmin(1)
 
     def fit(
-        self,
-        token_nE: Tensor,
-        embedding_nF: Tensor,
-        names: Sequence[str],
-        fold_n: Tensor,
-        seed: int,
-        divide: bool = True,
+        self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int, divide: bool = True
     ) -> Tensor:
-        """Find the clusters of good images; which one each image belongs to (n). ``fold_n``: see `statistics.folds`.
+        """Find the clusters of good images; which one each image belongs to (n).
 
         With two class names or more, clusters are the classes; else they are found, or (without ``divide``) all
         images are one.
@@ -78,7 +72,7 @@ class Clusters(nn.Module):
         else:
             cluster_n = groups(token_nE, seed)
         classes = known if len(known) > 1 else known * (int(cluster_n.max()) + 1)
-        self._settle(token_nE, embedding_nF, cluster_n, names, classes, fold_n)
+        self._settle(token_nE, embedding_nF, cluster_n, names, classes, seed)
         return cluster_n
 
     def extend(
@@ -86,9 +80,9 @@ class Clusters(nn.Module):
         token_nE: Tensor,
         embedding_nF: Tensor,
         names: Sequence[str],
-        fold_n: Tensor,
         before_m: Tensor,
         classes: Sequence[str],
+        seed: int,
     ) -> Tensor:
         """Take in further good images; the cluster of every image, known ones first, as in all that is given.
 
@@ -103,7 +97,7 @@ class Clusters(nn.Module):
                 theirs = [theirs[int(apart.argmin())]]
             fresh += theirs
         cluster_n = torch.cat([before_m, torch.tensor(fresh, dtype=before_m.dtype, device=before_m.device)])
-        self._settle(token_nE, embedding_nF, cluster_n, names, classes, fold_n)
+        self._settle(token_nE, embedding_nF, cluster_n, names, classes, seed)
         return cluster_n
 
     def _settle(
@@ -113,13 +107,13 @@ class Clusters(nn.Module):
         cluster_n: Tensor,
         names: Sequence[str],
         classes: Sequence[str],
-        fold_n: Tensor,
+        seed: int,
     ) -> None:
         """Learn the centres, once it is known which class images are taken for by centres that did not see them."""
         self.link_K = repetition(embedding_nF, cluster_n, len(classes))
         if len(set(classes)) > 1:
             taken_n = torch.zeros_like(cluster_n)
-            for away, here in each_fold(fold_n, cluster_n):
+            for away, here in each_fold(random_folds(len(cluster_n), seed).to(cluster_n.device), cluster_n):
                 self._discriminate(token_nE[away], cluster_n[away])
                 taken_n[here] = self(token_nE[here])
             self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))

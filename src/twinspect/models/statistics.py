@@ -11,8 +11,7 @@ directions, K clusters (see `models.clusters`), n good images.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -216,15 +215,10 @@ def shrunk_directions(centred_nE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return scale_E, basis[:kept], 1 / ((1 - rho) * variance[:kept] + floor + tiny), 1 / (floor + beside + tiny)
 
 
-def folds(keys: Sequence[str], names: Sequence[str]) -> Tensor:
-    """Fold of every image (n): those of a class by turns, in the order of their keys.
-
-    A key is a hash of the contents, so folds do not follow the order of the files, which often tells the lot or hour.
-    """
-    fold_n, seen = torch.zeros(len(keys), dtype=torch.int64), Counter[str]()
-    for i in sorted(range(len(keys)), key=keys.__getitem__):
-        fold_n[i] = seen[names[i]] % FOLDS
-        seen[names[i]] += 1
+def random_folds(count: int, seed: int) -> Tensor:
+    """Fold of every image (n), drawn by chance; all of about one size."""
+    fold_n = torch.zeros(count, dtype=torch.int64)
+    fold_n[torch.randperm(count, generator=torch.Generator().manual_seed(seed))] = torch.arange(count) % FOLDS
     return fold_n
 
 

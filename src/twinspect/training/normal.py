@@ -2,9 +2,9 @@
 
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
-out, covariances its fifth of the images. So all good images count, and none for itself or for a copy that was made of
-it (`training.derived`). Pictures of one part still vouch for each other: leaving out whole runs of images costs more
-defects than it saves false alarms (`LOG.md`).
+out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
+itself or for a copy that was made of it (`training.derived`). Pictures of one part still vouch for each other:
+leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, K clusters, R readings, G groups.
 """
@@ -31,12 +31,11 @@ from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.models.layers import in_fp16, top_mean
 from twinspect.models.scorer import LEAST_SKILL, TOP_SHARE, LayerGroup
 from twinspect.models.statistics import (
-    FOLDS,
     SPREAD_PRIOR,
     average,
     cross_fitted_tokens,
-    folds,
     left_out,
+    random_folds,
     unwhitened,
     whitening,
 )
@@ -45,7 +44,7 @@ from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
 _TEXTS = ("class_name", "group", "key")
-_MOST_IMAGES = 102  # of a cluster and a fold, that covariances of patches are learnt from
+_HALF_IMAGES = 256  # at most, images of a cluster that each of the two covariances of patches is learnt from
 
 
 class GoodImages(NamedTuple):
@@ -143,7 +142,7 @@ def add_statistics(
     model.eval()
     names = dict.fromkeys(source.samples[i].class_name for i in images)
     classes = (*classes, *(name for name in names if name not in classes))
-    clusters = partial(model.scorer.clusters.extend, before_m=before.cluster_n, classes=classes)
+    clusters = partial(model.scorer.clusters.extend, before_m=before.cluster_n, classes=classes, seed=seed)
     students = model.scorer.students_count()
     fitting = _Fitting(model, source, images, images, before, clusters, seed, progress, students)
     return fitting.default(), classes
@@ -155,13 +154,13 @@ class _Group:
 
     Attributes:
         mean_KND: means of every position, after the first pass.
-        fold_FKDD: whitening matrices of every cluster without the images of a fold, after the second.
-        distance_nhw: distances by the matrix without the image's fold, after the third; in a file.
+        half_2KDD: whitening matrices of both halves of every cluster, after the second.
+        distance_nhw: distances by the other half's matrix, after the third; in a file.
     """
 
     gaussian: LayerGroup
     mean_KND: Tensor = field(init=False)
-    fold_FKDD: Tensor = field(init=False)
+    half_2KDD: Tensor = field(init=False)
     distance_nhw: NDArray[np.float16] = field(init=False)
 
 
@@ -171,11 +170,11 @@ class _Fitting:
     Attributes:
         before: images learnt before; none in a first fit.
         groups: layer groups that patches are judged on.
-        tokens, embedding_nF, all_cluster_n, all_fold_n: of all images, those learnt before first; copies are in the
-            fold of their image.
-        cluster_n, fold_n, held_n: of the images of the source; held out are those that no student was trained on.
+        tokens, embedding_nF, all_cluster_n: of all images, those learnt before first.
+        cluster_n, held_n: of the images of the source; held out are those that no student was trained on.
         images_K, known_K: images of every cluster: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
+        half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
         factor_n: see `left_out`.
     """
 
@@ -186,7 +185,7 @@ class _Fitting:
         images: Sequence[int],
         held: Collection[int],
         before: GoodImages,
-        clusters: Callable[[Tensor, Tensor, list[str], Tensor], Tensor],
+        clusters: Callable[[Tensor, Tensor, list[str]], Tensor],
         seed: int,
         progress: Progress,
         asks_students: bool,
@@ -200,17 +199,20 @@ class _Fitting:
         tokens, embedding_nF = source.vectors(images)
         self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, tokens, strict=True))
         self.embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
-        self.old, self.first_n = len(before.cluster_n), torch.tensor(same_image(samples), device=model.device)
-        fold_n = folds([*before.key, *(image_id(source.keys[i]) for i in images)], names).to(model.device)
-        self.fold_n = fold_n[self.old :][self.first_n]
-        self.all_fold_n = torch.cat([fold_n[: self.old], self.fold_n])
-        self.all_cluster_n = cluster_n = clusters(self.tokens[0], self.embedding_nF, names, self.all_fold_n)
-        self.clusters, self.cluster_n = model.scorer.clusters.count, cluster_n[self.old :]
+        self.all_cluster_n = cluster_n = clusters(self.tokens[0], self.embedding_nF, names)
+        self.clusters, self.old = model.scorer.clusters.count, len(before.cluster_n)
+        self.cluster_n = cluster_n[self.old :]
         self.images_K = torch.bincount(cluster_n, minlength=self.clusters).float()
         self.known_K = torch.bincount(before.cluster_n, minlength=self.clusters).float()
+        self.first_n = torch.tensor(same_image(samples), device=model.device)
         copies = torch.stack([self.first_n, self.cluster_n])
         _, group_n, count = torch.unique(copies, dim=1, return_inverse=True, return_counts=True)
         self.factor_n = left_out(self.images_K[self.cluster_n], count[group_n])
+        half_n = torch.zeros_like(self.cluster_n)
+        for k in range(self.clusters):
+            members = (self.cluster_n == k).nonzero()[:, 0]
+            half_n[members] = torch.arange(len(members), device=members.device) % 2
+        self.half_n = half_n[self.first_n]
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
@@ -279,64 +281,65 @@ class _Fitting:
         return difference_BND * self.factor_n[places][:, None, None]
 
     def _covariances(self) -> None:
-        """Second pass, over some images of every cluster: whitening matrices without each fold, and of all."""
+        """Second pass, over some images of every cluster: whitening matrices of both halves and of all."""
         chosen: list[int] = []
-        for fold, k in itertools.product(range(FOLDS), range(self.clusters)):
-            members = ((self.fold_n == fold) & (self.cluster_n == k)).nonzero()[:, 0].tolist()
-            step = max(1.0, len(members) / _MOST_IMAGES)  # spread over all: names often tell the lot or the hour
-            chosen += [members[int(i * step)] for i in range(min(len(members), _MOST_IMAGES))]
-        counts, known_K = self.known_K.new_zeros(FOLDS, self.clusters), self.known_K.clamp_max(FOLDS * _MOST_IMAGES)
-        sums = [counts.new_zeros(*counts.shape, group.gaussian.dims, group.gaussian.dims) for group in self.groups]
+        for half, k in itertools.product((0, 1), range(self.clusters)):
+            members = ((self.half_n == half) & (self.cluster_n == k)).nonzero()[:, 0].tolist()
+            step = max(1.0, len(members) / _HALF_IMAGES)  # spread over all: names often tell the lot or the hour
+            chosen += [members[int(i * step)] for i in range(min(len(members), _HALF_IMAGES))]
+        # Both halves know what was learnt before: images of the source are left out of their own half only.
+        counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
+        sums = []
+        for gaussian in (group.gaussian for group in self.groups):
+            total = torch.zeros(2, self.clusters, gaussian.dims, gaussian.dims).to(counts)
+            if self.old:
+                known = torch.stack([unwhitened(white) for white in gaussian.whiten_KDD])
+                total[:, : len(known)] += known * counts[:, : len(known), None, None]
+            sums.append(total)
         for places, observed, _ in self._batches(chosen, "statistics (covariances)"):
-            at = list(zip(self.fold_n[places].tolist(), self.cluster_n[places].tolist(), strict=True))
+            at = list(zip(self.half_n[places].tolist(), self.cluster_n[places].tolist(), strict=True))
             for group, total in zip(self.groups, sums, strict=True):
                 for rows, place in zip(self._difference(group, places, observed), at, strict=True):
-                    total[place] += rows.T @ rows / len(rows)
+                    total[place] += (rows.T @ rows).double() / len(rows)
             for place in at:
                 counts[place] += 1
         fresh_K = torch.bincount(self.cluster_n, minlength=self.clusters) > 0
         for group, total in zip(self.groups, sums, strict=True):
             positions = group.gaussian.side**2
-            known = total.new_zeros(total.shape[1:])
-            if self.old:  # images of the source are left out of their own fold only
-                before = torch.stack([unwhitened(white) for white in group.gaussian.whiten_KDD])
-                known[: len(before)] = before * known_K[: len(before), None, None]
-            whole, images_K = total.sum(0) + known, counts.sum(0) + known_K
-            apart_FK = images_K - counts
-            # A cluster with images in one fold only is measured by all of them.
-            alone = (apart_FK == 0)[..., None, None]
-            each = torch.where(alone, whole, whole - total)
-            images_FK = torch.where(apart_FK == 0, images_K, apart_FK)
-            pairs = zip(each / images_FK[..., None, None], images_FK * positions, strict=True)
-            group.fold_FKDD = torch.stack([_whitenings(*pair) for pair in pairs])
-            white = _whitenings(whole / images_K[:, None, None], images_K * positions)
+            both = total.sum(0) / counts.sum(0)[:, None, None]
+            # A cluster with images in one half only is measured by all of them.
+            each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
+            vectors = torch.where(counts > 0, counts, counts.sum(0)) * positions
+            group.half_2KDD = torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)])
+            white = _whitenings(both, counts.sum(0) * positions)
             for k in (~fresh_K).nonzero()[:, 0].tolist():  # nothing new is known of it
                 white[k] = group.gaussian.whiten_KDD[k]
             group.gaussian.whiten_KDD = white
 
     def _semantic(self) -> Tensor:
         """Readings of all images: distances of the global tokens by images of other folds, of the nearest images."""
-        first_n = torch.cat([torch.arange(self.old, device=self.first_n.device), self.old + self.first_n])
+        fold_n = random_folds(len(self.embedding_nF), self.seed).to(self.model.device)
+        first_n = torch.cat([torch.arange(self.old, device=fold_n.device), self.old + self.first_n])
         readings = []
         for gaussian, token_nE in zip(self.scorer.token_gaussians(), self.tokens, strict=True):
             gaussian.fit(token_nE, self.all_cluster_n, self.clusters)
-            readings.append(cross_fitted_tokens(token_nE, self.all_cluster_n, self.clusters, self.all_fold_n))
+            readings.append(cross_fitted_tokens(token_nE, self.all_cluster_n, self.clusters, fold_n[first_n]))
         assert self.scorer.nearest is not None
         readings.append(self.scorer.nearest.fit(self.embedding_nF, self.seed, first_n))
         return torch.stack(readings, 1)
 
     def _distances(self, targets: list[Tensor]) -> tuple[Tensor, tuple[float, float]]:
-        """Third pass: distances by the covariances without the image's fold; the students' readings and weights.
+        """Third pass: distances by the other half's covariances; the students' readings and weights.
 
         ``targets`` are the means of what the students learn.
         """
         readings: list[Tensor] = []
         apart = torch.zeros(len(targets), 2, dtype=torch.float64)
         for places, observed, small in self._batches(range(len(self.images)), "statistics (distances)"):
-            own = self.fold_n[places] * self.clusters + self.cluster_n[places]
+            other = (1 - self.half_n[places]) * self.clusters + self.cluster_n[places]
             for group in self.groups:
                 difference = self._difference(group, places, observed)
-                distance_Bhw = group.gaussian.distance(difference, group.fold_FKDD.flatten(0, 1), own)
+                distance_Bhw = group.gaussian.distance(difference, group.half_2KDD.flatten(0, 1), other)
                 group.distance_nhw[places.cpu().numpy()] = distance_Bhw.cpu().numpy()
             if not self.asks_students:
                 readings.append(torch.zeros(len(places), sum(self.scorer.student_readings), device=places.device))
@@ -450,7 +453,7 @@ class _Fitting:
 def _whitenings(covariance_KDD: Tensor, vectors_K: Tensor) -> Tensor:
     """`whitening` of every cluster's covariance, in fp16."""
     pairs = zip(covariance_KDD, vectors_K, strict=True)
-    return torch.stack([whitening(covariance.double(), count) for covariance, count in pairs]).half()
+    return torch.stack([whitening(covariance, count) for covariance, count in pairs]).half()
 
 
 def _sums(array: NDArray[np.float16], places: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
