@@ -174,6 +174,16 @@ def test_new_budgets_alone_need_no_image(trained: Path, tmp_path: Path) -> None:
     assert answers <= {"good", "unsure", "anomaly"}
 
 
+def test_what_changes_nothing_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    bundle = shutil.copy(trained, tmp_path / "m.twin")
+    assert f"wrote {bundle}" in run("calibrate", bundle, "--max-fpr", 0.1)
+    copy, before = tmp_path / "m.twin.bak", bundle.read_bytes()
+    copy.unlink()
+    assert f"nothing changes, {bundle} is as it was" in run("calibrate", bundle, "--max-fpr", 0.1)
+    assert bundle.read_bytes() == before
+    assert not copy.exists()
+
+
 def trained_parts(bundle: Path) -> Path:
     root = bundle.parent / "seen"
     write("mvtec-ad", root, Plan(size=64, train=2, good=6, defect=6))
